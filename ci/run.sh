@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# What CI runs, by hand: ci/run.sh lint | types | layering | test | all. Further arguments go to the tool.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ -z "${VIRTUAL_ENV:-}" && -x .venv/bin/python ]]; then
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
+
+run() {
+    printf '+ %s\n' "$*" >&2
+    "$@"
+}
+
+lint() {
+    run ruff check "$@" .
+}
+
+types() {
+    mkdir -p build/types/celltron
+    ln -sfn "$PWD/recipes" build/types/celltron/recipes
+    run mypy "$@"
+}
+
+layering() {
+    run python -m pytest -q "$@" tests/layering
+}
+
+tests() {
+    export HF_HUB_OFFLINE=1 # no test may need a network
+    run python -m pytest -q "$@"
+    if [[ $# -eq 0 ]]; then
+        run python -m pytest -q --doctest-modules -o consider_namespace_packages=true src recipes sub-packages/*/src
+    fi
+}
+
+stage="${1:-}"
+shift || true
+case "$stage" in
+    lint) lint "$@" ;;
+    types) types "$@" ;;
+    layering) layering "$@" ;;
+    test) tests "$@" ;;
+    all)
+        lint
+        types
+        layering
+        tests "$@"
+        ;;
+    *)
+        echo "usage: ci/run.sh lint | types | layering | test | all [arguments for the tool]" >&2
+        exit 2
+        ;;
+esac
