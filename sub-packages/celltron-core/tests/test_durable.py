@@ -1,0 +1,127 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from celltron.core import durable
+from celltron.core.durable import (
+    exchange_folders,
+    lock_folder,
+    name_file_in_errors,
+    sync_folder,
+    sync_tree,
+    write_atomically,
+)
+
+
+def full_disk(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_text_and_bytes_are_written_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_atomically(path, "Zürich")
+    assert path.read_bytes() == "Zürich".encode()
+    write_atomically(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_leaves_the_old_content_and_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    write_atomically(path, "old")
+    monkeypatch.setattr(durable.os, "fsync", full_disk)
+    with pytest.raises(OSError) as caught:
+        write_atomically(path, "new")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_missing_folder_and_a_folder_in_the_way(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "no" / "a", "x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "folder", "x")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", "x")
+    (tmp_path / "b").write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_an_error_keeps_the_name_it_has(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, name_file_in_errors(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "full", "b")
+    assert caught.value.filename == "b"
+    with pytest.raises(OSError) as caught, name_file_in_errors(tmp_path / "a"):
+        full_disk()
+    assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError) as caught, name_file_in_errors(tmp_path / "a", only=[errno.EIO]):
+        full_disk()
+    assert caught.value.filename is None
+
+
+def test_folders_are_synced_and_an_unable_file_system_is_forgiven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_text("x")
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(durable.os, "fsync", lambda descriptor: synced.append(descriptor) or real(descriptor))
+    sync_tree(tmp_path)
+    assert len(synced) == 3
+
+    def unable(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(durable.os, "fsync", unable)
+    sync_folder(tmp_path)
+    monkeypatch.setattr(durable.os, "fsync", full_disk)
+    with pytest.raises(OSError):
+        sync_folder(tmp_path)
+
+
+def test_two_names_are_exchanged_or_left(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not exchange_folders(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange two names")
+    assert os.listdir(tmp_path / "a") == ["b"] and os.listdir(tmp_path / "b") == ["a"]
+    assert not exchange_folders(tmp_path / "a", tmp_path / "missing")
+    assert (tmp_path / "a").exists()
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from celltron.core.durable import lock_folder; "
+        "lock = lock_folder(Path(sys.argv[1])); print('held' if lock else 'free', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert child.stdout is not None and child.stdin is not None
+    try:
+        assert child.stdout.readline() == "held\n"
+        assert lock_folder(tmp_path) is False
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        child.stdin.close()
+    lock = lock_folder(tmp_path)
+    assert lock
+    os.close(lock)
