@@ -1,0 +1,198 @@
+"""A run's cells and how they become tokens: a store, a tokeniser and a split, made once and then carried along.
+
+V tokens of the vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from celltron.cells.batch import NO_LABEL
+from celltron.cells.convert import ConvertOptions
+from celltron.cells.loader import Loader
+from celltron.cells.mask import Masking
+from celltron.cells.medians import compute_medians
+from celltron.cells.sampler import LoaderState
+from celltron.cells.split import Split, split_cells
+from celltron.cells.store import CellStore
+from celltron.cells.tokenize import RankTokenizer, count_tokens
+from celltron.core import (
+    MedianTable,
+    Vocabulary,
+    load_published_geneformer,
+    load_vocabulary_table,
+)
+
+VOCABULARY_NAME = "vocabulary.json"
+MEDIANS_NAME = "medians.json"
+SPLIT_NAME = "split.json"
+PUBLISHED: tuple[Literal["gc30M", "gc95M"], ...] = ("gc30M", "gc95M")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which cells, as which tokens."""
+
+    paths: tuple[str, ...] | str = ()
+    """A store folder, or .h5ad files, which are converted to a store in the run's folder first."""
+    convert: ConvertOptions = field(default_factory=ConvertOptions)
+    """How .h5ad files are read."""
+    vocabulary: str = "store"
+    """Genes and medians: `store` takes the store's own genes and their medians over the training cells; `gc30M` and
+    `gc95M` are Geneformer's published ones; else the path of a table with ensembl_id, token_id and median."""
+    with_cls_eos: bool = False
+    """Whether a vocabulary of the store's own genes gets <cls> and <eos>, which then frame every cell."""
+    max_length: int = 2048
+    """Longest cell in tokens, special ones included; the lowest ranks are cut off."""
+    masking: Masking = field(default_factory=Masking)
+    """How places are masked."""
+    validation_by: str = "cell"
+    """`cell`, or the obs column (donor, dataset) whose groups stay whole on one side."""
+    validation_fraction: float = 0.1
+    """Share of the cells set aside for validation."""
+    validation_groups: tuple[str, ...] | None = None
+    """The groups set aside, by name; null draws groups until the share is reached."""
+    unigram_cells: int = 100_000
+    """Training cells over which gene frequencies are counted for the baseline; 0 counts all."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("data.paths is empty; name a store or .h5ad files, such as --data cells.h5ad")
+        if self.max_length < 1:
+            raise ValueError(f"data.max_length is {self.max_length}, but must be at least 1")
+        if self.unigram_cells < 0:
+            raise ValueError(f"data.unigram_cells is {self.unigram_cells}, but must not be negative")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`paths` as a sequence."""
+        return (self.paths,) if isinstance(self.paths, str) else self.paths
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Corpus:
+    """A store, its tokeniser and its split."""
+
+    store: CellStore
+    tokenizer: RankTokenizer
+    split: Split
+
+    def write(self, folder: Path) -> None:
+        """Write vocabulary, medians and split manifest, with which `read_corpus` makes the same corpus again."""
+        self.tokenizer.vocabulary.to_json(folder / VOCABULARY_NAME)
+        self.tokenizer.medians.to_json(folder / MEDIANS_NAME)
+        self.split.write(folder / SPLIT_NAME)
+
+    def train_loader(  # noqa: PLR0913
+        self,
+        masking: Masking,
+        *,
+        cells_per_batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        state: LoaderState | None = None,
+    ) -> Loader:
+        """Shuffled, masked training batches without end."""
+        return Loader(
+            self.store,
+            self.tokenizer,
+            cells_per_batch=cells_per_batch,
+            seed=seed,
+            cells=self.split.train,
+            masking=masking,
+            epochs=None,
+            rank=rank,
+            world_size=world_size,
+            state=state,
+        )
+
+    def validation_loader(
+        self, masking: Masking, *, cells_per_batch: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> Loader:
+        """One pass over the validation cells in store order, with the same masks every time."""
+        return Loader(
+            self.store,
+            self.tokenizer,
+            cells_per_batch=cells_per_batch,
+            seed=seed,
+            cells=self.split.validation,
+            masking=masking,
+            rank=rank,
+            world_size=world_size,
+            shuffle=False,
+        )
+
+    def unigram_loss(self, masking: Masking, *, seed: int, max_cells: int = 0) -> float:
+        """Cross-entropy, in nats, of the training cells' gene frequencies on the masked places of the validation cells.
+
+        What a model that knows how common each gene is, and nothing of the cell, would score; one is added to every
+        gene's count (Laplace), so that genes unseen in training cost something finite.
+
+        Args:
+            masking: That of the validation loss it is compared with.
+            seed: That of the validation loss it is compared with.
+            max_cells: Training cells to count over, the first of the split; 0 counts all.
+        """
+        train = self.split.train[: max_cells or None]
+        counts_V = count_tokens(self.store, self.tokenizer, train).astype(np.float64)
+        vocabulary = self.tokenizer.vocabulary
+        counts_V[vocabulary.special_ids] = 0.0
+        counts_V[vocabulary.first_gene_id :] += 1.0
+        labels_V = np.zeros(len(vocabulary), dtype=np.int64)
+        with self.validation_loader(masking, cells_per_batch=256, seed=seed) as loader:
+            for batch in loader:
+                labels_V += np.bincount(batch.labels[batch.labels != NO_LABEL], minlength=len(vocabulary))
+        return cross_entropy(counts_V, labels_V)
+
+
+def cross_entropy(counts_V: npt.NDArray[np.float64], labels_V: npt.NDArray[np.int64]) -> float:
+    """Mean of -log p over labels, in nats, where p is proportional to `counts_V`; 0 where there are no labels."""
+    seen = labels_V > 0
+    if not seen.any():
+        return 0.0
+    log_p = np.log(counts_V[seen]) - np.log(counts_V.sum())
+    return float(-(labels_V[seen] * log_p).sum() / labels_V.sum())
+
+
+def build_corpus(config: DataConfig, store: CellStore, *, seed: int) -> Corpus:
+    """Split the store's cells and make the tokeniser, its medians from the training cells only."""
+    split = split_cells(
+        store,
+        by=config.validation_by,
+        validation_fraction=config.validation_fraction,
+        seed=seed,
+        validation_groups=config.validation_groups,
+    )
+    vocabulary, medians = _vocabulary(config, store, split)
+    return Corpus(store, _tokenizer(config, store, vocabulary, medians), split)
+
+
+def read_corpus(config: DataConfig, store: CellStore, folder: Path) -> Corpus:
+    """The corpus that `Corpus.write` wrote; refuses a store that the split was not made for."""
+    vocabulary = Vocabulary.from_json(folder / VOCABULARY_NAME)
+    medians = MedianTable.from_json(folder / MEDIANS_NAME)
+    split = Split.read(folder / SPLIT_NAME, store)
+    return Corpus(store, _tokenizer(config, store, vocabulary, medians), split)
+
+
+def _vocabulary(config: DataConfig, store: CellStore, split: Split) -> tuple[Vocabulary, MedianTable]:
+    if config.vocabulary == "store":
+        medians = compute_medians(store, cells=split.train)
+        seen = set(medians.genes)
+        genes: Sequence[str] = [gene for gene in store.gene_ids if gene in seen]
+        return Vocabulary.from_genes(genes, with_cls_eos=config.with_cls_eos), medians
+    for published in PUBLISHED:
+        if config.vocabulary == published:
+            return load_published_geneformer(published)
+    return load_vocabulary_table(Path(config.vocabulary))
+
+
+def _tokenizer(
+    config: DataConfig, store: CellStore, vocabulary: Vocabulary, medians: MedianTable
+) -> RankTokenizer:
+    return RankTokenizer(vocabulary, medians, store.gene_ids, max_length=config.max_length)
