@@ -1,0 +1,200 @@
+"""Geneformer out of megatron-core parts.
+
+Axes: B cells, S places in a cell, D width, V padded vocabulary, M places that are predicted. `_local` marks this
+tensor-parallel rank's part.
+"""
+
+import copy
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from celltron.models.geneformer.config import GeneformerConfig
+from celltron.models.layers.embedding import BertEmbedding
+from celltron.models.layers.head import BertHeadTransform
+from celltron.models.layers.initialise import initialise
+from celltron.models.layers.post_norm import post_norm_torch_spec
+
+NUM_TOKEN_TYPES = 2
+# The output bias of rows that only pad the vocabulary: exp() of it is 0 in every precision, so they take no part.
+PADDING_ROW_BIAS = -10_000.0
+
+
+class Geneformer(LanguageModule):
+    """One pipeline stage of Geneformer, on this rank's tensor-parallel part.
+
+    Args:
+        config: The model's shape.
+        transformer_config: The same for Megatron, with the layout; see `make_transformer_config`.
+        num_tokens: The vocabulary's true size.
+        groups: The process groups of the layout.
+    """
+
+    def __init__(
+        self,
+        config: GeneformerConfig,
+        transformer_config: TransformerConfig,
+        *,
+        num_tokens: int,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=transformer_config, pg_collection=groups)
+        self.model_type = ModelType.encoder_or_decoder
+        self.num_tokens = num_tokens
+        self.pre_process = groups.pp.rank() == 0
+        self.post_process = groups.pp.rank() == groups.pp.size() - 1
+        self.share_embeddings_and_output_weights = True
+        padded_tokens = config.padded_vocabulary(num_tokens)
+        if self.pre_process:
+            self.embedding = BertEmbedding(
+                transformer_config,
+                num_tokens=padded_tokens,
+                max_positions=config.max_positions,
+                num_token_types=NUM_TOKEN_TYPES,
+                groups=groups,
+            )
+        self.encoder = TransformerBlock(
+            transformer_config,
+            post_norm_torch_spec(),
+            post_layer_norm=False,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups,
+        )
+        if self.post_process:
+            self.head = BertHeadTransform(transformer_config)
+            self.output_layer = ColumnParallelLinear(
+                transformer_config.hidden_size,
+                padded_tokens,
+                config=_without_sequence_parallelism(transformer_config),
+                init_method=transformer_config.init_method,
+                bias=True,
+                skip_weight_param_allocation=self.pre_process,
+                tp_group=groups.tp,
+            )
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Take the hidden states [S, B, D] of the stage before; called by Megatron's pipeline schedules."""
+        self.encoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self, tokens_BS: torch.Tensor, is_padding_BS: torch.Tensor, places_M: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run this stage.
+
+        Args:
+            tokens_BS: Token ids, int64.
+            is_padding_BS: True where there is no token; such places are never attended to.
+            places_M: The places to predict, as b x S + s, int64; None means all, in that order.
+
+        Returns:
+            On the last stage the logits of this rank's part of the vocabulary, [M, V_local]; on others the hidden
+            states [S, B, D] for the next.
+        """
+        # A cell without tokens would have nothing to attend to; the first place of every other cell is a token.
+        is_hidden_BS = is_padding_BS.clone()
+        is_hidden_BS[:, 0] = False
+        attention_mask = is_hidden_BS[:, None, None, :] if bool(is_hidden_BS.any()) else None
+        embedded_SBD = self.embedding(tokens_BS) if self.pre_process else None
+        hidden_SBD: torch.Tensor = self.encoder(hidden_states=embedded_SBD, attention_mask=attention_mask)
+        if not self.post_process:
+            return hidden_SBD
+        return self._logits(hidden_SBD, places_M)
+
+    def _logits(self, hidden_SBD: torch.Tensor, places_M: torch.Tensor | None) -> torch.Tensor:
+        if self.config.sequence_parallel:
+            # The head works on whole sequences on every rank, so the backward only cuts the gradient.
+            hidden_SBD = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_SBD, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        hidden_MD = hidden_SBD.transpose(0, 1).flatten(0, 1)
+        if places_M is not None:
+            hidden_MD = hidden_MD[places_M]
+        # Megatron's linears take [S, B, D].
+        logits_M1V: torch.Tensor = self.output_layer(
+            self.head(hidden_MD)[:, None, :], weight=self.shared_embedding_or_output_weight()
+        )[0]
+        return logits_M1V[:, 0, :]
+
+
+def _without_sequence_parallelism(config: TransformerConfig) -> TransformerConfig:
+    plain = copy.copy(config)
+    plain.sequence_parallel = False
+    return plain
+
+
+def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def make_transformer_config(
+    config: GeneformerConfig, *, dtype: torch.dtype, sequence_parallel: bool
+) -> TransformerConfig:
+    """Translate the shape for Megatron, on the layout that its parallel state has been set up with."""
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        hidden_dropout=config.hidden_dropout,
+        attention_dropout=config.attention_dropout,
+        layernorm_epsilon=config.norm_epsilon,
+        activation_func=torch.nn.functional.relu,
+        # Megatron marks a tensor-parallel weight as such where it initialises it; `initialise` then sets the values.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
+        # Cells differ in length, so pipeline stages tell each other the shape of every micro-batch.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # variable lengths are refused with the default, although unused here
+        calculate_per_token_loss=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_geneformer(
+    config: GeneformerConfig, *, num_tokens: int, dtype: torch.dtype, sequence_parallel: bool, seed: int
+) -> Geneformer:
+    """Build this rank's part of the model with its initial weights.
+
+    Args:
+        config: The model's shape.
+        num_tokens: The vocabulary's size.
+        dtype: Of parameters and activations.
+        sequence_parallel: Whether activations are split along the sequence between tensor-parallel ranks.
+        seed: Of the initial weights, which do not depend on the layout.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    transformer_config = make_transformer_config(config, dtype=dtype, sequence_parallel=sequence_parallel)
+    model = Geneformer(config, transformer_config, num_tokens=num_tokens, groups=groups)
+    initialise(
+        model, seed=seed, standard_deviation=config.initial_standard_deviation, num_tokens=num_tokens
+    )
+    if model.post_process:
+        silence_padding_rows(model)
+    return model
+
+
+@torch.no_grad()
+def silence_padding_rows(model: Geneformer) -> None:
+    """Give the output rows that only pad the vocabulary a bias under which they never get any probability."""
+    bias = model.output_layer.bias
+    first_row = model.tp_group.rank() * bias.shape[0]
+    bias[max(0, model.num_tokens - first_row) :] = PADDING_ROW_BIAS

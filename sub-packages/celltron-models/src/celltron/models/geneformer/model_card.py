@@ -1,0 +1,126 @@
+"""The model card that goes with an exported Geneformer."""
+
+from collections.abc import Mapping
+
+from celltron.core import CLS, EOS, MASK, PAD, MedianTable, Vocabulary
+from celltron.models.geneformer.config import GeneformerConfig
+
+CARD_NAME = "README.md"
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: fill-mask
+tags:
+- biology
+- single-cell
+- geneformer
+- bert
+---
+
+# Geneformer, exported from celltron
+
+A Geneformer (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9): a post-norm BERT that reads a cell as its genes in
+falling order of expression and predicts the genes that are masked. It is a stock `BertForMaskedLM`; no other code is
+needed to run it.
+
+```python
+from transformers import AutoModelForMaskedLM
+
+model = AutoModelForMaskedLM.from_pretrained("path/to/this/folder")
+```
+
+| | |
+|---|---|
+{shape}
+
+## From counts to tokens
+
+The input is raw counts of one cell, genes by Ensembl id. For every gene that has both a token
+(`token_dictionary.json`) and a median {medians}, compute
+
+    value = count / (sum of the cell's counts, of all genes) x 10,000 / (median of the gene)
+
+Sort by value, highest first, equal values by rising token id; keep the first {num_genes:,} genes{frame}. Genes with
+count 0 are left out. Shorter cells are filled with `{pad}` (id {pad_id}), which `attention_mask` hides with 0;
+`{mask}` (id {mask_id}) stands for a gene to predict. With celltron:
+
+```python
+from pathlib import Path
+
+from celltron.cells import CellStore, RankTokenizer, convert
+from celltron.models.geneformer import from_huggingface
+
+model = from_huggingface(Path("path/to/this/folder"))
+convert(["cells.h5ad"], "cells.store")
+store = CellStore.open("cells.store")
+tokenizer = RankTokenizer(model.vocabulary, model.medians, store.gene_ids, max_length=model.max_length)
+tokens, lengths = tokenizer.tokenize(store, [0, 1, 2])
+```
+
+## Training
+
+{facts}
+
+## Licence
+
+Not stated by the export. Whoever publishes this model chooses a licence that fits the cells it was trained on, names
+it here, and adds `license:` to the head of this file.
+"""
+
+
+def describe_model(
+    config: GeneformerConfig,
+    vocabulary: Vocabulary,
+    medians: MedianTable | None,
+    *,
+    max_length: int,
+    num_parameters: int,
+    facts: Mapping[str, object],
+) -> str:
+    """Write the model card.
+
+    Args:
+        config: The model's shape.
+        vocabulary: Its tokens.
+        medians: The genes' medians, where they are known.
+        max_length: Longest cell, in tokens.
+        num_parameters: Trained numbers.
+        facts: What to say of the training run: name to value.
+    """
+    is_framed = vocabulary.cls_id is not None and vocabulary.eos_id is not None
+    shape = {
+        "layers": config.num_layers,
+        "width": config.hidden_size,
+        "feed-forward width": config.ffn_hidden_size,
+        "attention heads": config.num_attention_heads,
+        "parameters": num_parameters,
+        "longest cell, in tokens": max_length,
+        "vocabulary": f"{len(vocabulary.genes):,} genes and {', '.join(f'`{name}`' for name in _specials(vocabulary))}",
+        "activation, layer norm": f"ReLU, post-norm, epsilon {config.norm_epsilon}",
+    }
+    return _CARD.format(
+        shape=_rows(shape),
+        medians="(`gene_median_dictionary.json`)" if medians is not None else "(not known to this export)",
+        num_genes=max_length - 2 if is_framed else max_length,
+        frame=f", and put `{CLS}` before and `{EOS}` after them" if is_framed else "",
+        pad=PAD,
+        pad_id=vocabulary.pad_id,
+        mask=MASK,
+        mask_id=vocabulary.mask_id,
+        facts=f"| | |\n|---|---|\n{_rows(facts)}" if facts else "The export was given no facts of the training run.",
+    )
+
+
+def _specials(vocabulary: Vocabulary) -> tuple[str, ...]:
+    return vocabulary.tokens[: vocabulary.first_gene_id]
+
+
+def _rows(values: Mapping[str, object]) -> str:
+    return "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items())
+
+
+def _cell(value: object) -> str:
+    """A value as it stands in a table: thousands grouped, nothing that ends the row."""
+    text = f"{value:,}" if type(value) is int else f"{value:.4f}" if type(value) is float else str(value)
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,1 @@
+"""Layers that celltron's models share, built from megatron-core's parts."""

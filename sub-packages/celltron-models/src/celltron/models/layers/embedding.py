@@ -1,0 +1,66 @@
+"""BERT's input embedding under tensor and sequence parallelism.
+
+Axes: B cells, S places in a cell, D width, V vocabulary.
+"""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from celltron.models.layers.norm import LayerNorm
+
+
+class BertEmbedding(MegatronModule):
+    """dropout(norm(token + position + token type)), token type 0 everywhere (Devlin et al. 2019, section 3).
+
+    Args:
+        config: Width, dropout, dtype and sequence parallelism.
+        num_tokens: V, a multiple of the tensor-parallel size.
+        max_positions: The longest cell, in places.
+        num_token_types: Rows of the token-type table; only the first is used.
+        groups: The tensor-parallel group.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        num_tokens: int,
+        max_positions: int,
+        num_token_types: int,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.groups = groups
+        placement = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
+        self.word_embeddings = VocabParallelEmbedding(
+            num_tokens,
+            config.hidden_size,
+            init_method=config.embedding_init_method,
+            config=config,
+            tp_group=groups.tp,
+        )
+        self.position_embeddings = torch.nn.Embedding(max_positions, config.hidden_size, **placement)
+        self.token_type_embeddings = torch.nn.Embedding(num_token_types, config.hidden_size, **placement)
+        self.norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.dropout = torch.nn.Dropout(config.hidden_dropout)
+
+    def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """Return [S, B, D], or this rank's part of S under sequence parallelism."""
+        places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        embedded_BSD = (
+            self.word_embeddings(tokens_BS)
+            + self.position_embeddings(places_S)
+            + self.token_type_embeddings.weight[0]
+        )
+        embedded_SBD: torch.Tensor = embedded_BSD.transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            embedded_SBD = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBD, group=self.groups.tp)
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                embedded_SBD = self.dropout(self.norm(embedded_SBD))
+        else:
+            embedded_SBD = self.dropout(self.norm(embedded_SBD))
+        return embedded_SBD
