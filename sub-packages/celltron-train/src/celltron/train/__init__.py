@@ -1,0 +1,1 @@
+"""Training on megatron-core: layout, loop, optimizer, schedule, checkpoints, metrics. Knows a callable, not a model."""

@@ -1,0 +1,91 @@
+"""Megatron-core on a CPU over gloo: the few places where it takes a CUDA device for granted.
+
+`install` changes, for this process:
+
+- `torch.cuda.current_device` answers the CPU device, which Megatron passes on as `device=`;
+- `torch.cuda.synchronize`, `empty_cache` do nothing; `manual_seed`, `get_rng_state` mean the CPU generator;
+- `megatron.core.tensor_parallel.random._get_cuda_rng_state` and `_set_cuda_rng_state` use the CPU generator, and the
+  warning that the CPU generator moved inside a forked state is dropped, since here it is that very state;
+- one `TorchFunctionMode` for tensor calls: `device="cuda"` becomes the CPU, `Tensor.cuda()` is the identity,
+  `Tensor.type()` gives the `torch.cuda.*` name that Megatron's optimizers and gradient clipping compare with (float64
+  answers as float32, so that the optimizer takes it for a full-precision parameter), and `Tensor.float()` leaves
+  float64 alone, so that float64 runs, which prove layouts equal, stay exact through Megatron's cross entropy.
+
+Never imported on CUDA.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.package_info import __version__ as megatron_version
+from torch.overrides import TorchFunctionMode
+
+TESTED_MEGATRON_VERSIONS = ("0.16.0", "0.16.1")
+CPU = torch.device("cpu")
+_installed: list[TorchFunctionMode] = []
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Answers CUDA requests of tensor functions with the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        keywords = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.float and args[0].dtype is torch.float64:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not keywords:
+            name = str(func(args[0])).replace("torch.", "torch.cuda.", 1)
+            return name.replace("DoubleTensor", "FloatTensor")
+        device = keywords.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            keywords["device"] = CPU
+        return func(*args, **keywords)
+
+
+def _set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.default_generator.set_state(new_state)
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def install() -> None:
+    """Make Megatron-core run on this process's CPU; calling it again changes nothing.
+
+    Raises:
+        ImportError: the installed megatron-core is not one these changes were tested with.
+    """
+    if _installed:
+        return
+    if megatron_version not in TESTED_MEGATRON_VERSIONS:
+        raise ImportError(
+            f"megatron-core {megatron_version} is installed, but training on a CPU was tested with "
+            f"{', '.join(TESTED_MEGATRON_VERSIONS)} only; install megatron-core=={TESTED_MEGATRON_VERSIONS[-1]}."
+        )
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.manual_seed = _seed
+    torch.cuda.get_rng_state = _get_rng_state
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
+    mode = _CudaMeansCpu()
+    mode.__enter__()  # type: ignore[no-untyped-call]
+    _installed.append(mode)

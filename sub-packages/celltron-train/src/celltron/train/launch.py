@@ -1,0 +1,91 @@
+"""Who this process is among the processes of the run: the one place that reads a launcher's environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from celltron.core import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """This process's place in the run, as `torchrun` tells it; alone without a launcher."""
+
+    rank: int = 0
+    """Number of this process among all."""
+    world_size: int = 1
+    """Number of processes."""
+    local_rank: int = 0
+    """Number of this process on its machine: its GPU."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for the run: prints, writes metrics and manifests."""
+        return self.rank == 0
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK.
+
+    Raises:
+        InputError: some but not all are set, or one is no number.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = [name for name in names if name in environment]
+    if not found:
+        return Launch()
+    if len(found) < len(names):
+        missing = ", ".join(name for name in names if name not in environment)
+        raise InputError(
+            f"the environment sets {', '.join(found)} but not {missing}; start several processes with torchrun, "
+            "which sets all of them, or unset them to run alone"
+        )
+    try:
+        rank, world_size, local_rank = (int(environment[name]) for name in names)
+    except ValueError:
+        raise InputError(
+            f"the environment's {', '.join(names)} must be whole numbers, but are "
+            f"{', '.join(repr(environment[name]) for name in names)}; start the processes with torchrun"
+        ) from None
+    return Launch(rank=rank, world_size=world_size, local_rank=local_rank)
+
+
+def choose_device(device: str, launch: Launch) -> torch.device:
+    """Turn `auto`, `cpu` or `cuda` into this process's device.
+
+    Raises:
+        InputError: `cuda` is asked for where PyTorch sees no GPU, or fewer than processes on this machine.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"device is {device}, but PyTorch {torch.__version__} sees no GPU; use device=cpu, or install a CUDA build"
+        )
+    if launch.local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {launch.local_rank} of this machine has no GPU, PyTorch sees {torch.cuda.device_count()}; "
+            "start no more processes a machine than it has GPUs"
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def start_process_group(launch: Launch, device: torch.device) -> None:
+    """Join the run's processes (gloo on a CPU, nccl on CUDA) and make Megatron-core fit the device."""
+    if device.type == "cpu":
+        from celltron.train import cpu
+
+        cpu.install()
+        backend = "gloo"
+    else:
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    if torch.distributed.is_initialized():
+        return
+    if launch.world_size == 1:
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        torch.distributed.init_process_group(backend)

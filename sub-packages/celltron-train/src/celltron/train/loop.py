@@ -1,0 +1,333 @@
+"""The training loop. It knows a callable that runs one micro-batch, and no model."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from celltron.core import InputError
+from celltron.train.checkpoint import Checkpoints, RunState
+from celltron.train.interrupt import Interruption
+from celltron.train.metrics import MetricsWriter
+from celltron.train.optimizer import set_learning_rate
+from celltron.train.precision import name_dtype
+from celltron.train.randomness import seed_step
+from celltron.train.schedule import ScheduleConfig, learning_rate
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Output of the last stage to (sum of losses, count), both scalars on the model's device."""
+ForwardStep = Callable[[Any, torch.nn.Module], tuple[torch.Tensor, LossFunction]]
+"""Runs one micro-batch on this process's part of the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatch:
+    """This data-parallel rank's part of one global batch."""
+
+    micro_batches: Sequence[Any]
+    """What the forward step takes, one by one."""
+    num_cells: int
+    """Cells in this part."""
+    num_tokens: int
+    """Real tokens in this part."""
+    num_places: int
+    """Places computed on, padding included."""
+
+
+class BatchStream(Protocol):
+    """Training batches without end."""
+
+    def __next__(self) -> StepBatch:
+        """The next batch."""
+
+    def state(self) -> dict[str, int]:
+        """Where the stream stands after the last batch handed out; the same on every process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """How long to train, in which portions, and what to do on the way."""
+
+    max_steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 64
+    """Cells an optimizer step, over all processes."""
+    micro_batch_size: int = 8
+    """Cells that one process computes on at once."""
+    seed: int = 0
+    """Seed of initial weights, order, masks and dropout."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    validate_every: int = 0
+    """Steps between two validations; one is always made at the end, and with 0 only that one."""
+    save_every: int = 0
+    """Steps between two checkpoints; one is always written at the end, and with 0 only that one."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("validate_every", "save_every", "keep_checkpoints", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loop.{name} is {getattr(self, name)}, but must not be negative")
+
+    def num_micro_batches(self, data_parallel: int) -> int:
+        """Micro-batches a process and step.
+
+        Raises:
+            InputError: micro-batch x data-parallel does not divide the global batch.
+        """
+        portion = self.micro_batch_size * data_parallel
+        if self.global_batch_size % portion:
+            raise InputError(
+                f"loop.global_batch_size {self.global_batch_size} is not micro-batches x loop.micro_batch_size "
+                f"{self.micro_batch_size} x {data_parallel} data-parallel processes; choose a multiple of {portion}"
+            )
+        return self.global_batch_size // portion
+
+    def check_continues(self, step: int, *, seed: int, where: str) -> None:
+        """Check that these settings can go on after a step of a run; `where` names its checkpoint.
+
+        Raises:
+            InputError: that step is the last one, or the run had another seed.
+        """
+        if seed != self.seed:
+            raise InputError(f"loop.seed is {self.seed}, but {where} was written with {seed}; continue with that seed")
+        self.check_first_step(step + 1)
+
+    def check_first_step(self, first_step: int) -> None:
+        """Raise InputError where there is no such step."""
+        if first_step > self.max_steps:
+            raise InputError(
+                f"step {first_step - 1} of loop.max_steps {self.max_steps} is done already; raise loop.max_steps"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """Everything that a run is made of, put together by a recipe."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    weight_decay: float
+    schedule: ScheduleConfig
+    forward_step: ForwardStep
+    train: BatchStream
+    validation: Callable[[], Iterable[StepBatch]]
+    """Starts one pass over this process's part of the validation cells."""
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    validation_facts: dict[str, float] = field(default_factory=dict)
+    """Written beside every validation loss: what it must beat."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """Sums over the whole run's processes."""
+
+    loss: float
+    count: float
+    cells: float
+    tokens: float
+    places: float
+    interruptions: float
+
+
+def fit(config: LoopConfig, job: Job, *, first_step: int = 1) -> float:
+    """Train from `first_step` to `config.max_steps`; every process calls this.
+
+    Returns:
+        The validation loss in nats at the end.
+
+    Raises:
+        InputError: the loss stopped being a number, or there are no steps left.
+        SystemExit: after SIGTERM or SIGINT, once a checkpoint of the step that was being taken is written.
+    """
+    config.check_first_step(first_step)
+    clock = _Clock()
+    validation_loss = 0.0
+    with Interruption() as interruption:
+        for step in range(first_step, config.max_steps + 1):
+            batch = clock.wait_for(job.train)
+            totals, grad_norm = _train_step(config, job, batch, step, interruption)
+            clock.count(totals)
+            is_last = step == config.max_steps
+            stop = totals.interruptions > 0 and not is_last
+            if step % config.log_every == 0 or is_last or stop:
+                job.metrics.write(_record(config, job, step, totals, grad_norm, clock))
+                clock.start_over()
+            if is_last or (config.validate_every and step % config.validate_every == 0 and not stop):
+                with clock.pause():
+                    validation_loss = _validate(job, step)
+            if is_last or stop or (config.save_every and step % config.save_every == 0):
+                with clock.pause():
+                    job.checkpoints.save(_run_state(config, job, step), job.model, job.optimizer)
+            if stop:
+                job.metrics.say(f"stopped by a signal; step {step:,} is saved, continue with --resume auto")
+                raise SystemExit(128 + (interruption.signal_number or signal.SIGTERM))
+    return validation_loss
+
+
+def _train_step(
+    config: LoopConfig, job: Job, batch: StepBatch, step: int, interruption: Interruption
+) -> tuple[_Totals, float]:
+    seed_step(config.seed, step)
+    job.model.train()
+    job.model.zero_grad_buffer()
+    job.optimizer.zero_grad()
+    loss, count = _run_micro_batches(job, batch, forward_only=False)
+    set_learning_rate(job.optimizer, learning_rate(job.schedule, step, config.max_steps), job.weight_decay)
+    totals = _sum_over_run(loss, count, batch, is_interrupted=interruption.signal_number is not None)
+    if not math.isfinite(totals.loss):
+        raise InputError(
+            f"the loss of step {step} is {totals.loss}, no number; continue from the last checkpoint with a lower "
+            "schedule.learning_rate, a longer warm-up or precision fp32"
+        )
+    _, grad_norm, _ = job.optimizer.step()
+    return totals, float(grad_norm)
+
+
+def _run_micro_batches(job: Job, batch: StepBatch, *, forward_only: bool) -> tuple[float, float]:
+    """Run Megatron's schedule; returns this process's sums of loss and count, 0 but on the last stage."""
+    if not batch.micro_batches:
+        return 0.0, 0.0
+
+    def run_next(micro_batches: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        output, loss_function = job.forward_step(next(micro_batches), model)
+
+        def with_report(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            loss, count = loss_function(output)
+            return loss, count, torch.stack([loss.detach().double(), count.double()])
+
+        return output, with_report
+
+    reports = get_forward_backward_func()(
+        forward_step_func=run_next,
+        data_iterator=iter(batch.micro_batches),
+        model=[job.model],
+        num_microbatches=len(batch.micro_batches),
+        # Stages tell each other every micro-batch's true shape.
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    if not reports:
+        return 0.0, 0.0
+    loss, count = torch.stack(reports).sum(dim=0).tolist()  # syncs the host
+    return loss, count
+
+
+def _sum_over_run(loss: float, count: float, batch: StepBatch, *, is_interrupted: bool) -> _Totals:
+    """Sum over data-parallel replicas, each replica counted once."""
+    is_replica_head = parallel_state.get_tensor_model_parallel_rank() == 0
+    of_last_stage = float(is_replica_head and parallel_state.is_pipeline_last_stage())
+    of_first_stage = float(is_replica_head and parallel_state.is_pipeline_first_stage())
+    sums = torch.tensor(
+        [
+            loss * of_last_stage,
+            count * of_last_stage,
+            batch.num_cells * of_first_stage,
+            batch.num_tokens * of_first_stage,
+            batch.num_places * of_first_stage,
+            float(is_interrupted),
+        ],
+        dtype=torch.float64,
+        device=torch.cuda.current_device(),
+    )
+    torch.distributed.all_reduce(sums)
+    total_loss, total_count, *rest = sums.tolist()  # syncs the host
+    return _Totals(total_loss / total_count if total_count else 0.0, total_count, *rest)
+
+
+@torch.no_grad()
+def _validate(job: Job, step: int) -> float:
+    job.model.eval()
+    loss = count = 0.0
+    empty = StepBatch(micro_batches=(), num_cells=0, num_tokens=0, num_places=0)
+    for batch in job.validation():
+        batch_loss, batch_count = _run_micro_batches(job, batch, forward_only=True)
+        loss, count = loss + batch_loss, count + batch_count
+    totals = _sum_over_run(loss, count, empty, is_interrupted=False)
+    job.metrics.write({"step": step, "validation_loss": totals.loss, **job.validation_facts})
+    return totals.loss
+
+
+def _run_state(config: LoopConfig, job: Job, step: int) -> RunState:
+    return RunState(
+        step=step,
+        seed=config.seed,
+        loader=job.train.state(),
+        distributed_optimizer=job.model.ddp_config.use_distributed_optimizer,
+        dtype=name_dtype(job.model.module.config.params_dtype),
+    )
+
+
+def _record(
+    config: LoopConfig, job: Job, step: int, totals: _Totals, grad_norm: float, clock: "_Clock"
+) -> dict[str, Any]:
+    seconds = clock.seconds()
+    return {
+        "step": step,
+        "loss": totals.loss,
+        "learning_rate": learning_rate(job.schedule, step, config.max_steps),
+        "grad_norm": grad_norm,
+        "real_tokens_per_second": clock.tokens / seconds,
+        "cells_per_second": clock.cells / seconds,
+        "real_token_fraction": clock.tokens / max(1.0, clock.places),
+        "data_wait_fraction": clock.waited / seconds,
+        "seconds_left": (config.max_steps - step) * seconds / clock.steps,
+    }
+
+
+class _Clock:
+    """Time and work since the last line of metrics; validation and checkpoints are left out."""
+
+    def __init__(self) -> None:
+        self.start_over()
+
+    def start_over(self) -> None:
+        self.start = time.perf_counter()
+        self.paused = self.waited = self.cells = self.tokens = self.places = 0.0
+        self.steps = 0
+
+    def wait_for(self, stream: BatchStream) -> StepBatch:
+        start = time.perf_counter()
+        batch = next(stream)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def count(self, totals: _Totals) -> None:
+        self.cells += totals.cells
+        self.tokens += totals.tokens
+        self.places += totals.places
+        self.steps += 1
+
+    def seconds(self) -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter() - self.start - self.paused
+
+    def pause(self) -> "_Pause":
+        return _Pause(self)
+
+
+class _Pause:
+    """Leaves the time inside a `with` out of a clock."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self.clock = clock
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *unused: object) -> None:
+        self.clock.paused += time.perf_counter() - self.begin

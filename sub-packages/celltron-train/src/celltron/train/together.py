@@ -1,0 +1,48 @@
+"""Doing something on one process or on all of them, so that a failure on one fails all and none waits for ever."""
+
+from collections.abc import Callable
+
+import torch
+
+from celltron.core import InputError
+from celltron.train.launch import Launch
+
+
+def do_together(action: Callable[[], object]) -> None:
+    """Do something on every process and wait for all.
+
+    Raises:
+        InputError, OSError: what `action` raised here; where it failed on another process only, an InputError says so.
+    """
+    failure: OSError | InputError | None = None
+    try:
+        action()
+    except (OSError, InputError) as error:
+        failure = error
+    num_failed = torch.tensor([int(failure is not None)], dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(num_failed)
+    if failure is not None:
+        raise failure
+    if int(num_failed.item()):
+        raise InputError("another process of this run failed; its message says why")
+
+
+def do_on_main(launch: Launch, action: Callable[[], object]) -> None:
+    """Do something on the main process while the others wait.
+
+    Raises:
+        InputError, OSError: as `do_together`.
+    """
+    do_together(action if launch.is_main else lambda: None)
+
+
+def share_from_main(launch: Launch, find: Callable[[], int]) -> int:
+    """Find a number on the main process and tell it to all.
+
+    Raises:
+        InputError, OSError: as `do_together`.
+    """
+    found = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
+    do_on_main(launch, lambda: found.fill_(find()))
+    torch.distributed.broadcast(found, src=0)
+    return int(found.item())

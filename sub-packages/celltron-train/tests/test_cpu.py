@@ -1,0 +1,108 @@
+"""Each change that cpu.py lists, one test."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import random as megatron_random
+
+from celltron.train import cpu
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("engine")
+
+
+def test_the_current_device_is_the_cpu() -> None:
+    assert torch.cuda.current_device() == CPU
+    assert torch.zeros(2, device=torch.cuda.current_device()).device == CPU
+
+
+def test_there_is_nothing_to_wait_for_or_to_empty() -> None:
+    assert torch.cuda.synchronize() is None
+    assert torch.cuda.synchronize(CPU) is None
+    assert torch.cuda.empty_cache() is None
+
+
+def test_the_generator_is_that_of_the_cpu() -> None:
+    torch.cuda.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    drawn = torch.rand(3)
+    torch.default_generator.manual_seed(5)
+    assert torch.equal(torch.default_generator.get_state(), state)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_a_forked_state_draws_from_the_cpu_and_gives_the_generator_back(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(5)
+    outside = torch.rand(4)
+    torch.manual_seed(5)
+    first = torch.rand(2)
+    with caplog.at_level(logging.WARNING), get_cuda_rng_tracker().fork():
+        inside = torch.rand(4)
+    assert torch.equal(torch.cat([first, torch.rand(2)]), outside)
+    assert not torch.equal(inside, outside)
+    assert caplog.text == ""
+    assert megatron_random._get_cuda_rng_state().equal(torch.default_generator.get_state())
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", torch.device("cuda", 1)])
+def test_tensors_asked_for_on_cuda_are_made_on_the_cpu(device: str | torch.device) -> None:
+    made = [
+        torch.tensor([1.0], device=device),
+        torch.zeros(1, device=device),
+        torch.empty(1, device=device),
+        torch.arange(1, device=device),
+        torch.ones(1).to(device=device),
+        torch.empty_like(torch.ones(1), device=device),
+    ]
+    assert {tensor.device for tensor in made} == {CPU}
+
+
+def test_moving_to_cuda_is_the_identity() -> None:
+    tensor = torch.ones(1)
+    assert tensor.cuda() is tensor
+
+
+def test_types_have_the_names_that_megatron_compares_with() -> None:
+    names = {dtype: torch.ones(1, dtype=dtype).type() for dtype in (torch.float32, torch.float64, torch.bfloat16)}
+    assert names == {
+        torch.float32: "torch.cuda.FloatTensor",
+        torch.float64: "torch.cuda.FloatTensor",
+        torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    }
+    assert torch.ones(1).type(torch.float64).dtype is torch.float64
+
+
+def test_float_leaves_float64_alone() -> None:
+    tensor = torch.ones(1, dtype=torch.float64)
+    assert tensor.float() is tensor
+    assert torch.ones(1, dtype=torch.bfloat16).float().dtype is torch.float32
+
+
+def test_installing_again_changes_nothing() -> None:
+    before = torch.cuda.current_device
+    cpu.install()
+    assert torch.cuda.current_device is before
+    assert len(cpu._installed) == 1
+
+
+def test_another_megatron_is_refused_before_anything_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_installed", [])
+    monkeypatch.setattr(cpu, "megatron_version", "9.9.0")
+    before = torch.cuda.current_device
+    with pytest.raises(ImportError, match=r"megatron-core 9\.9\.0 is installed.*install megatron-core==0\.16\.1"):
+        cpu.install()
+    assert torch.cuda.current_device is before
+
+
+def test_the_package_does_not_import_it() -> None:
+    code = (
+        "import sys, celltron.train.loop, celltron.train.checkpoint, celltron.train.launch\n"
+        "assert 'celltron.train.cpu' not in sys.modules\n"
+        "import torch\n"
+        "assert torch.ones(1).type() == 'torch.FloatTensor'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

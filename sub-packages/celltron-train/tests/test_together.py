@@ -1,0 +1,70 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from celltron.core import InputError
+from celltron.train.launch import Launch
+from celltron.train.together import do_on_main, do_together, share_from_main
+
+pytestmark = pytest.mark.usefixtures("engine")
+OTHER = Launch(rank=1, world_size=2, local_rank=1)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have another process report a number of failures."""
+
+    def report(num_failed: int) -> None:
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda numbers: numbers.add_(num_failed))
+
+    return report
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def test_what_goes_well_goes_on() -> None:
+    done: list[int] = []
+    do_together(lambda: done.append(1))
+    do_on_main(Launch(), lambda: done.append(2))
+    assert done == [1, 2]
+
+
+@pytest.mark.parametrize("error", [InputError("of this process"), OSError(28, "No space left on device", "/a/file")])
+@pytest.mark.parametrize("num_failed_elsewhere", [0, 3])
+def test_a_failure_here_is_raised_here(
+    error: Exception, num_failed_elsewhere: int, elsewhere: Callable[[int], None]
+) -> None:
+    elsewhere(num_failed_elsewhere)
+    with pytest.raises(type(error)) as raised:
+        do_together(lambda: fail(error))
+    assert raised.value is error
+
+
+def test_a_failure_elsewhere_is_raised_here_too(elsewhere: Callable[[int], None]) -> None:
+    elsewhere(1)
+    done: list[int] = []
+    with pytest.raises(InputError, match="another process of this run failed"):
+        do_together(lambda: done.append(1))
+    assert done == [1]
+
+
+def test_other_processes_wait_for_the_main_one(elsewhere: Callable[[int], None]) -> None:
+    do_on_main(OTHER, lambda: fail(ValueError("never called")))
+    elsewhere(1)
+    with pytest.raises(InputError, match="another process of this run failed"):
+        do_on_main(OTHER, lambda: fail(ValueError("never called")))
+
+
+def test_a_number_is_found_on_the_main_process_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert share_from_main(Launch(), lambda: -1) == -1
+    assert share_from_main(Launch(), lambda: 2**40 + 1) == 2**40 + 1
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda numbers, src: numbers.fill_(7 if src == 0 else 8))
+    assert share_from_main(OTHER, lambda: fail(ValueError("never called"))) == 7  # type: ignore[func-returns-value]
+
+
+def test_defects_are_not_caught() -> None:
+    with pytest.raises(ZeroDivisionError):
+        do_together(lambda: 1 // 0)
