@@ -1,0 +1,1 @@
+"""What people run: one short program a job."""

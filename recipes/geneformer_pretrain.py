@@ -1,0 +1,303 @@
+"""Pretrain Geneformer: counts in (a store or .h5ad files), checkpoints out; on one process or under torchrun."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from celltron.cells import NO_LABEL, Batch, CellStore, Loader, LoaderState, convert, pad_batch
+from celltron.cells.corpus import Corpus, DataConfig, build_corpus, read_corpus
+from celltron.core import (
+    MANIFEST_NAME,
+    InputError,
+    ProgressLine,
+    config_to_dict,
+    config_to_yaml,
+    parse_arguments,
+    run_command,
+    write_atomically,
+)
+from celltron.models.geneformer import (
+    MODEL_FILE_NAME,
+    GeneformerConfig,
+    ModelShape,
+    build_geneformer,
+    masked_gene_loss,
+)
+from celltron.train.checkpoint import Checkpoints, load_training, read_run_state, verify_checkpoint
+from celltron.train.launch import Launch, choose_device, read_launch, start_process_group
+from celltron.train.loop import Job, LoopConfig, LossFunction, StepBatch, fit
+from celltron.train.metrics import MetricsWriter
+from celltron.train.optimizer import OptimizerConfig, wrap_model
+from celltron.train.parallel import ParallelConfig, start_model_parallel
+from celltron.train.precision import DTYPES, Precision
+from celltron.train.schedule import ScheduleConfig
+from celltron.train.together import do_on_main
+
+FLAGS = {
+    "--data": "data.paths",
+    "--out": "out",
+    "--resume": "resume",
+    "--device": "device",
+    "--precision": "precision",
+    "--seq-length": "data.max_length",
+    "--micro-batch-size": "loop.micro_batch_size",
+    "--global-batch-size": "loop.global_batch_size",
+    "--max-steps": "loop.max_steps",
+    "--seed": "loop.seed",
+    "--lr": "schedule.learning_rate",
+    "--warmup-steps": "schedule.warmup_steps",
+    "--tensor-parallel": "parallel.tensor",
+    "--pipeline-parallel": "parallel.pipeline",
+    "--sequence-parallel": "parallel.sequence_parallel",
+    "--distributed-optimizer": "parallel.distributed_optimizer",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A Geneformer pretraining run."""
+
+    out: str = ""
+    """The run's folder; must be new, unless the run is resumed."""
+    resume: str = ""
+    """Empty starts anew; `auto` continues from the run's newest complete checkpoint, or starts anew where it has none;
+    else the checkpoint folder to continue from."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where PyTorch sees one."""
+    precision: Precision = "fp32"
+    """Of parameters and activations; bf16 keeps float32 copies in the optimizer, fp64 is for proofs on a CPU."""
+    data: DataConfig
+    """Cells and tokens."""
+    model: GeneformerConfig = field(default_factory=GeneformerConfig)
+    """The model's shape."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes divide the work."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Steps, batches, intervals."""
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("out is empty; name a folder for the run, such as --out runs/first")
+        if self.data.max_length > self.model.max_positions:
+            raise ValueError(
+                f"data.max_length is {self.data.max_length}, longer than model.max_positions "
+                f"({self.model.max_positions}); lower the one or raise the other"
+            )
+        self.schedule.check_length(self.loop.max_steps)
+        self.model.check_layout(tensor_parallel=self.parallel.tensor, pipeline_parallel=self.parallel.pipeline)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the job that the command line describes."""
+    config = parse_arguments(Config, sys.argv[1:] if arguments is None else arguments, flags=FLAGS).config
+    launch = read_launch()
+    device = choose_device(config.device, launch)
+    config.loop.num_micro_batches(config.parallel.data(launch.world_size))
+    start_process_group(launch, device)
+    start_model_parallel(config.parallel, seed=config.loop.seed)
+    pretrain(config, launch, device)
+
+
+def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
+    """Train and return the validation loss at the end; every process calls this.
+
+    Raises:
+        SystemExit: after SIGTERM or SIGINT, once the last step is saved.
+    """
+    out = Path(config.out)
+    dtype = DTYPES[config.precision]
+    resume_from = claim_folder(config, launch)
+    corpus = prepare_corpus(config, launch, resume_from)
+    model = build_geneformer(
+        config.model,
+        num_tokens=len(corpus.tokenizer.vocabulary),
+        dtype=dtype,
+        sequence_parallel=config.parallel.sequence_parallel,
+        seed=config.loop.seed,
+    )
+    wrapped, optimizer = wrap_model(
+        model, config.optimizer, dtype=dtype, distributed_optimizer=config.parallel.distributed_optimizer
+    )
+    first_step, loader_state = 1, None
+    if resume_from is not None:
+        state = read_run_state(resume_from)
+        config.loop.check_continues(state.step, seed=state.seed, where=str(resume_from))
+        load_training(resume_from, wrapped, optimizer)
+        first_step, loader_state = state.step + 1, LoaderState(**state.loader)
+        # Not earlier: a checkpoint that is refused leaves the run as it was.
+        do_on_main(launch, lambda: write_run_files(config, corpus))
+    metrics = MetricsWriter(out, is_main=launch.is_main, first_step=first_step)
+    unigram_loss = measure_unigram(config, corpus, launch)
+    metrics.say(describe(config, corpus, launch, unigram_loss, first_step))
+    job = Job(
+        model=wrapped,
+        optimizer=optimizer,
+        weight_decay=config.optimizer.weight_decay,
+        schedule=config.schedule,
+        forward_step=forward_step,
+        train=TrainStream(config, corpus, device, loader_state),
+        validation=partial(validation_batches, config, corpus, device),
+        checkpoints=Checkpoints(
+            out / "checkpoints",
+            launch=launch,
+            keep=config.loop.keep_checkpoints,
+            files=travelling_files(config, corpus, out),
+        ),
+        metrics=metrics,
+        validation_facts={"unigram_loss": unigram_loss},
+    )
+    return fit(config.loop, job, first_step=first_step)
+
+
+def forward_step(micro_batch: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+    """Join a micro-batch and the model: this stage's output, and what makes (sum, count) of the last stage's."""
+    output = model(micro_batch["tokens_BS"], micro_batch["is_padding_BS"], micro_batch["places_M"])
+    return output, partial(masked_gene_loss, labels_M=micro_batch["labels_M"])
+
+
+def claim_folder(config: Config, launch: Launch) -> Path | None:
+    """Make sure that the run's folder is ours, and find the checkpoint to continue from, if any."""
+    checkpoints = Path(config.out) / "checkpoints"
+    if config.resume == "auto":
+        return Checkpoints(checkpoints, launch=launch).newest()
+    if config.resume:
+        do_on_main(launch, lambda: verify_checkpoint(Path(config.resume)))
+        return Path(config.resume)
+    if checkpoints.exists() and any(checkpoints.iterdir()):
+        raise InputError(f"{config.out} holds a run already; continue it with --resume auto, or choose another --out")
+    return None
+
+
+def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> Corpus:
+    """Convert where needed, split, and make the tokeniser; a resumed run takes both from its checkpoint."""
+    out = Path(config.out)
+    sources = config.data.sources
+    is_store = len(sources) == 1 and (Path(sources[0]) / MANIFEST_NAME).is_file()
+    store_path = Path(sources[0]) if is_store else out / "cells.store"
+
+    def prepare() -> None:
+        if not is_store and not (resume_from is not None and store_path.exists()):
+            options = config_to_dict(config.data.convert)
+            report = convert(sources, store_path, replace=True, progress=ProgressLine("converting", "cells"), **options)
+            print(report, file=sys.stderr)
+        if resume_from is None:
+            write_run_files(config, build_corpus(config.data, CellStore.open(store_path), seed=config.loop.seed))
+
+    do_on_main(launch, prepare)
+    return read_corpus(config.data, CellStore.open(store_path), out if resume_from is None else resume_from)
+
+
+def write_run_files(config: Config, corpus: Corpus) -> None:
+    """Write the resolved config, vocabulary, medians and split manifest into the run's folder."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    corpus.write(out)
+    write_atomically(out / "config.yaml", config_to_yaml(config))
+
+
+def travelling_files(config: Config, corpus: Corpus, out: Path) -> dict[str, str]:
+    """What explains a checkpoint: resolved config, model shape, vocabulary, medians, split manifest."""
+    names = ("config.yaml", "vocabulary.json", "medians.json", "split.json")
+    shape = ModelShape(
+        config=config.model, num_tokens=len(corpus.tokenizer.vocabulary), max_length=config.data.max_length
+    )
+    return {name: (out / name).read_text(encoding="utf-8") for name in names} | {MODEL_FILE_NAME: shape.to_json()}
+
+
+def measure_unigram(config: Config, corpus: Corpus, launch: Launch) -> float:
+    """The baseline that the validation loss must beat; 0 on processes other than the main one, which print nothing."""
+    if not launch.is_main:
+        return 0.0
+    return corpus.unigram_loss(config.data.masking, seed=config.loop.seed, max_cells=config.data.unigram_cells)
+
+
+class TrainStream:
+    """Endless training batches as tensors: a `celltron.train.loop.BatchStream`."""
+
+    def __init__(self, config: Config, corpus: Corpus, device: torch.device, state: LoaderState | None) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.device = device
+        self.loader = corpus.train_loader(
+            config.data.masking,
+            cells_per_batch=config.loop.global_batch_size,
+            seed=config.loop.seed,
+            rank=parallel_state.get_data_parallel_rank(),
+            world_size=parallel_state.get_data_parallel_world_size(),
+            state=state,
+        )
+
+    def __next__(self) -> StepBatch:
+        return make_step_batch(self.config, self.corpus, next(self.loader), self.device)
+
+    def state(self) -> dict[str, int]:
+        """The loader's three numbers."""
+        state = self.loader.state
+        return {"seed": state.seed, "epoch": state.epoch, "position": state.position}
+
+
+def validation_batches(config: Config, corpus: Corpus, device: torch.device) -> Iterator[StepBatch]:
+    """One pass over this process's part of the validation cells, masked alike every time."""
+    loader: Loader = corpus.validation_loader(
+        config.data.masking,
+        cells_per_batch=config.loop.global_batch_size,
+        seed=config.loop.seed,
+        rank=parallel_state.get_data_parallel_rank(),
+        world_size=parallel_state.get_data_parallel_world_size(),
+    )
+    with loader:
+        for batch in loader:
+            yield make_step_batch(config, corpus, batch, device)
+
+
+def make_step_batch(config: Config, corpus: Corpus, batch: Batch, device: torch.device) -> StepBatch:
+    """Cut a batch into padded micro-batches of cells of like length."""
+    multiple_of = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    pad_id = corpus.tokenizer.vocabulary.pad_id
+    micro_batches = []
+    num_places = 0
+    for part in batch.sorted_by_length().split(config.loop.micro_batch_size):
+        padded = pad_batch(part, pad_id=pad_id, multiple_of=multiple_of)
+        places_M = np.flatnonzero(padded.labels_BS != NO_LABEL)
+        arrays = {
+            "tokens_BS": padded.tokens_BS,
+            "is_padding_BS": padded.is_padding_BS,
+            "places_M": places_M,
+            "labels_M": padded.labels_BS.ravel()[places_M],
+        }
+        micro_batches.append({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+        num_places += padded.tokens_BS.size
+    return StepBatch(
+        micro_batches=micro_batches, num_cells=len(batch), num_tokens=int(batch.lengths.sum()), num_places=num_places
+    )
+
+
+def describe(config: Config, corpus: Corpus, launch: Launch, unigram_loss: float, first_step: int) -> str:
+    """What is about to run, and what it must beat."""
+    data_parallel = config.parallel.data(launch.world_size)
+    lines = [
+        f"{len(corpus.split.train):,} training and {len(corpus.split.validation):,} validation cells, "
+        f"split by {config.data.validation_by}; vocabulary of {len(corpus.tokenizer.vocabulary):,} tokens",
+        f"{config.model.num_layers} layers x {config.model.hidden_size} wide on {launch.world_size} processes "
+        f"(tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}), "
+        f"{config.precision}",
+        f"to beat: {unigram_loss:.4f} nats, the cross-entropy of the training cells' gene frequencies (unigram)",
+    ]
+    if first_step > 1:
+        lines.append(f"continuing with step {first_step:,} of {config.loop.max_steps:,}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,294 @@
+"""A run that was killed or stopped, and continued, is the run that was not; on the same processes bit for bit."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+
+from celltron.cells import convert
+
+PROGRAM = Path(__file__).with_name("run_recipe.py")
+RANKS = Path(__file__).parents[1] / "equivalence" / "ranks.py"
+# 35 of the 41 cells train, four a step: an epoch ends inside a batch, and step 20 lies inside the third epoch.
+NUM_CELLS = 41
+MAX_STEPS = 40
+SETTINGS = [
+    "--global-batch-size=4",
+    f"--max-steps={MAX_STEPS}",
+    "loop.validate_every=15",
+    "loop.save_every=10",
+    "loop.keep_checkpoints=0",
+]
+EXACT = ["loss", "grad_norm", "learning_rate", "validation_loss", "unigram_loss"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    world_size: int
+    flags: tuple[str, ...] = ()
+
+
+ONE = Layout(1)
+DP2 = Layout(2)
+DP2_ZERO = Layout(2, ("--distributed-optimizer",))
+TP2 = Layout(2, ("--tensor-parallel=2",))
+TP2_ZERO = Layout(2, ("--tensor-parallel=2", "--distributed-optimizer"))
+PP2 = Layout(2, ("--pipeline-parallel=2",))
+
+Train = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_cells: anndata.AnnData) -> Path:
+    """Where this file's runs lie, with their store."""
+    path = tmp_path_factory.mktemp("resume")
+    tiny_cells[:NUM_CELLS].write_h5ad(path / "cells.h5ad")
+    convert([path / "cells.h5ad"], path / "cells.store")
+    return path
+
+
+@pytest.fixture(scope="module")
+def train(folder: Path, tiny_config: Path, warm_python: Any) -> Train:
+    """Runs the recipe with this file's settings, stopped at a moment or not."""
+
+    def run(out: Path, layout: Layout, *arguments: object, moment: str = "-", record: object = "-") -> Any:
+        (folder / "rendezvous").unlink(missing_ok=True)
+        launcher = [] if layout.world_size == 1 else [RANKS, layout.world_size, folder / "rendezvous"]
+        store = folder / "cells.store"
+        settings = ["--config", tiny_config, "--data", store, *SETTINGS, "--out", out, *layout.flags, *arguments]
+        return warm_python.run(*launcher, PROGRAM, record, moment, *settings)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, train: Train) -> Path:
+    """The run of one process that nothing disturbed."""
+    ended = train(folder / "whole", ONE, record=folder / "whole.batches")
+    assert ended.code == 0, ended.stderr
+    return folder / "whole"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """What must be equal of every line of metrics."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: record[key] for key in ["step", *EXACT] if key in record} for record in records]
+
+
+def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every parameter and every moment of the optimizer in a checkpoint."""
+    reader = FileSystemReader(checkpoint / "state")
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("step_"))
+
+
+def assert_same_so_far(run: Path, whole: Path) -> None:
+    """The run's metrics are the beginning of the whole run's, and its common checkpoints hold the same bits."""
+    metrics = read_metrics(run)
+    assert metrics == read_metrics(whole)[: len(metrics)]
+    for name in set(checkpoint_names(run)) & set(checkpoint_names(whole)):
+        tensors, others = read_tensors(run / "checkpoints" / name), read_tensors(whole / "checkpoints" / name)
+        assert sum(key.startswith("optimizer") for key in tensors) == 2 * sum(
+            not key.startswith("optimizer") for key in tensors
+        )
+        assert tensors.keys() == others.keys()
+        assert [key for key in tensors if not torch.equal(tensors[key], others[key])] == []
+
+
+def test_a_run_goes_through_several_epochs_and_ends_inside_one(whole: Path) -> None:
+    batches = read_batches(whole.with_name("whole.batches"), ONE)
+    assert [len(batch["cells"]) for batch in batches] == [4] * MAX_STEPS
+    assert len(set(batches[17]["epochs"])) > 1 and batches[20]["epochs"] == [2] * 4
+    state = json.loads((whole / "checkpoints" / "step_00000020" / "run.json").read_text())
+    assert state["loader"] == {"seed": 0, "epoch": 2, "position": 10}
+
+
+def random_delay(name: str) -> str:
+    """Up to a tenth of a second: some steps, or the time a checkpoint takes."""
+    return f"{random.Random(name).uniform(0.0, 0.1):.3f}"
+
+
+# In this order, each continued from what the one before it left.
+KILLS = [
+    (f"KILL@{random.Random(40).randint(21, 26)}+{random_delay('step')}", -9, "step_00000020"),
+    (f"KILL@save 30+{random_delay('one save')}", -9, None),
+    ("KILL@finish 30", -9, "step_00000020"),
+    ("KILL@latest 30", -9, "step_00000030"),
+    ("TERM@33", 143, None),
+    ("INT@37", 130, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "stops"),
+    [(ONE, KILLS), (DP2, [*KILLS[:2], *KILLS[4:5]]), (DP2_ZERO, [*KILLS[:1], *KILLS[4:5]])],
+    ids=["one", "dp2", "dp2_zero"],
+)
+def test_stopped_and_continued_equals_undisturbed(
+    folder: Path, train: Train, request: pytest.FixtureRequest, layout: Layout, stops: list[tuple[str, int, str | None]]
+) -> None:
+    name = request.node.callspec.id
+    undisturbed, run = folder / f"{name} undisturbed", folder / name
+    assert train(undisturbed, layout).code == 0
+    assert [record["step"] for record in read_metrics(undisturbed) if "loss" in record] == list(range(1, MAX_STEPS + 1))
+    for moment, code, newest in stops:
+        ended = train(run, layout, "--resume=auto", moment=moment)
+        assert ended.code == code, ended.stderr
+        assert_same_so_far(run, undisturbed)
+        assert len(read_metrics(run)) < len(read_metrics(undisturbed))
+        if newest:
+            assert checkpoint_names(run)[-1] == newest
+        if code > 0:
+            assert "continue with --resume auto" in ended.stderr
+            stopped_at = read_metrics(run)[-1]["step"]
+            assert checkpoint_names(run)[-1] == f"step_{stopped_at:08d}"
+    ended = train(run, layout, "--resume=auto")
+    assert ended.code == 0, ended.stderr
+    assert f"continuing with step {int(checkpoint_names(run)[-2][5:]) + 1}" in ended.stderr
+    assert_same_so_far(run, undisturbed)
+    assert read_metrics(run)[-1] == read_metrics(undisturbed)[-1]
+    assert set(checkpoint_names(undisturbed)) <= set(checkpoint_names(run))
+    assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def read_batches(record: Path, layout: Layout) -> list[dict[str, list[Any]]]:
+    """The global batches: the data-parallel ranks' parts one after the other."""
+    lines = [
+        [json.loads(line) for line in record.with_name(f"{record.name}.{rank}").read_text().splitlines()]
+        for rank in range(layout.world_size)
+    ]
+    if layout.flags and layout.flags[0] != "--distributed-optimizer":
+        # Ranks that share the model must have seen the same cells and masks.
+        assert all(line == lines[0] for line in lines)
+        lines = lines[:1]
+    return [{key: [x for part in parts for x in part[key]] for key in parts[0]} for parts in zip(*lines, strict=True)]
+
+
+def assert_close_to(run: Path, fixed: Path, first_step: int) -> None:
+    """Losses and final tensors to 1e-9: float64 keeps sixteen digits, and the sums are only ordered otherwise."""
+    metrics = [record for record in read_metrics(fixed) if record["step"] >= first_step]
+    assert len(read_metrics(run)) == len(metrics) > 0
+    for record, wanted in zip(read_metrics(run), metrics, strict=True):
+        assert record == pytest.approx(wanted, rel=0, abs=1e-9)
+    name = f"step_{MAX_STEPS:08d}"
+    tensors, others = read_tensors(run / "checkpoints" / name), read_tensors(fixed / "checkpoints" / name)
+    assert tensors.keys() == others.keys()
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[key], rtol=0, atol=1e-9, msg=key)
+
+
+EXACT_NUMBERS = ["--precision=fp64", "model.hidden_dropout=0", "model.attention_dropout=0"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(DP2, [TP2, PP2, ONE]), (DP2_ZERO, [TP2_ZERO])],
+    ids=["dp2", "dp2_zero"],
+)
+def test_another_layout_goes_on_with_the_same_cells_and_masks(
+    folder: Path, train: Train, before: Layout, after: list[Layout], whole: Path, request: pytest.FixtureRequest
+) -> None:
+    fixed = folder / f"{request.node.callspec.id} in float64"
+    fixed_record = folder / f"{fixed.name}.batches"
+    assert train(fixed, before, *EXACT_NUMBERS, record=fixed_record).code == 0
+    batches = read_batches(fixed_record, before)
+    assert batches == read_batches(whole.with_name("whole.batches"), ONE)
+    start_from = fixed / "checkpoints" / "step_00000020"
+    for place, layout in enumerate(after):
+        run = folder / f"{fixed.name} then {place}"
+        record = folder / f"{run.name}.batches"
+        ended = train(run, layout, *EXACT_NUMBERS, f"--resume={start_from}", record=record)
+        assert ended.code == 0, ended.stderr
+        assert read_batches(record, layout) == batches[20:]
+        assert_close_to(run, fixed, first_step=21)
+
+
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the undisturbed run, which the test may damage."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def flip_byte(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished: Path, train: Train, whole: Path) -> None:
+    damaged = max((finished / "checkpoints" / "step_00000040" / "state").glob("*.distcp"))
+    flip_byte(damaged, damaged.stat().st_size // 2)
+    ended = train(finished, ONE, "--resume=auto")
+    assert ended.code == 0, ended.stderr
+    (sentence,) = [line for line in ended.stderr.splitlines() if "step_00000040" in line]
+    assert str(damaged) in sentence and "using the older step_00000030 instead" in sentence
+    assert_same_so_far(finished, whole)
+    assert read_metrics(finished) == read_metrics(whole)
+
+
+def test_a_run_without_an_undamaged_checkpoint_is_refused(finished: Path, train: Train) -> None:
+    for state in (finished / "checkpoints").glob("step_*/state"):
+        (state / ".metadata").unlink()
+    assert_refused(train, finished, "no checkpoint in", ".metadata")
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(train: Train, run: Path, *words: str, arguments: tuple[object, ...] = ()) -> None:
+    """One sentence, and the run is left as it was."""
+    before = listing(run)
+    ended = train(run, ONE, "--resume=auto", *arguments)
+    assert ended.code == 2, ended.stderr
+    (sentence,) = [line for line in ended.stderr.splitlines() if "celltron: error: " in line]
+    assert ended.stderr.endswith(f"{sentence}\n") and sentence.startswith("celltron: error: ")
+    assert all(word in sentence for word in words), sentence
+    assert "Traceback" not in ended.stderr
+    assert listing(run) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seed=1"], ["loop.seed", "1", "0", "step_00000040"]),
+        (["--precision=bf16"], ["precision", "bfloat16", "float32", "step_00000040"]),
+        (["--distributed-optimizer"], ["parallel.distributed_optimizer", "step_00000040"]),
+        ([], ["loop.max_steps", "40"]),
+        (["--max-steps=50", "model.hidden_size=32"], ["step_00000040", "do not fit this model"]),
+    ],
+    ids=["seed", "precision", "optimizer", "nothing left", "model"],
+)
+def test_continuing_another_run_is_refused(
+    finished: Path, train: Train, arguments: list[str], words: list[str]
+) -> None:
+    assert_refused(train, finished, *words, arguments=tuple(arguments))
+
+
+def test_continuing_on_other_cells_is_refused(
+    finished: Path, train: Train, tiny_cells: anndata.AnnData, tmp_path: Path
+) -> None:
+    tiny_cells[1 : NUM_CELLS + 1].write_h5ad(tmp_path / "others.h5ad")
+    convert([tmp_path / "others.h5ad"], tmp_path / "others.store")
+    arguments = ("--max-steps=50", "--data", tmp_path / "others.store")
+    assert_refused(train, finished, "another store", "others.store", arguments=arguments)
+
+
+def test_no_process_outlives_a_killed_run(folder: Path, train: Train) -> None:
+    ended = train(folder / "killed", ONE, "loop.save_every=5", moment="KILL@12")
+    assert ended.code == -9
+    assert not ended.left_running
