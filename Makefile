@@ -24,7 +24,7 @@ lint types layering: $(STAMP)
 venv: $(STAMP)
 
 # One pip command for the root and its siblings, so that each finds the others here and not in a registry. A new pip first:
-# it resolves four times as fast. Bytecode is left to the first import, which compiles only what is used.
+# it resolves in about half the time. Bytecode is left to the first import, which compiles only what is used.
 $(STAMP): pyproject.toml constraints.txt $(PARTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "celltron: error: $(PYTHON) is not Python 3.11 or later; name one with make PYTHON=python3.11" >&2; exit 2; }

@@ -23,7 +23,7 @@ types() {
 }
 
 layering() {
-    run python -m pytest -q "$@" tests/layering
+    run python -m pytest -q --noconftest "$@" tests/layering
 }
 
 tests() {

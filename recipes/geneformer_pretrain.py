@@ -1,5 +1,6 @@
 """Pretrain Geneformer: counts in (a store or .h5ad files), checkpoints out; on one process or under torchrun."""
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 
 from celltron.cells import NO_LABEL, Batch, CellStore, Loader, LoaderState, convert, pad_batch
 from celltron.cells.corpus import Corpus, DataConfig, build_corpus, read_corpus
@@ -35,7 +35,7 @@ from celltron.train.launch import Launch, choose_device, read_launch, start_proc
 from celltron.train.loop import Job, LoopConfig, LossFunction, StepBatch, fit
 from celltron.train.metrics import MetricsWriter
 from celltron.train.optimizer import OptimizerConfig, wrap_model
-from celltron.train.parallel import ParallelConfig, start_model_parallel
+from celltron.train.parallel import ParallelConfig, data_parallel_place, start_model_parallel
 from celltron.train.precision import DTYPES, Precision
 from celltron.train.schedule import ScheduleConfig
 from celltron.train.together import do_on_main
@@ -171,12 +171,13 @@ def claim_folder(config: Config, launch: Launch) -> Path | None:
     checkpoints = Path(config.out) / "checkpoints"
     if config.resume == "auto":
         return Checkpoints(checkpoints, launch=launch).newest()
-    if config.resume:
-        do_on_main(launch, lambda: verify_checkpoint(Path(config.resume)))
-        return Path(config.resume)
-    if checkpoints.exists() and any(checkpoints.iterdir()):
+    resume_from = Path(config.resume) if config.resume else None
+    if resume_from is not None:
+        do_on_main(launch, lambda: verify_checkpoint(resume_from))
+    is_of_this_run = resume_from is not None and resume_from.resolve().parent == checkpoints.resolve()
+    if not is_of_this_run and checkpoints.exists() and any(checkpoints.iterdir()):
         raise InputError(f"{config.out} holds a run already; continue it with --resume auto, or choose another --out")
-    return None
+    return resume_from
 
 
 def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> Corpus:
@@ -187,12 +188,21 @@ def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> 
     store_path = Path(sources[0]) if is_store else out / "cells.store"
 
     def prepare() -> None:
-        if not is_store and not (resume_from is not None and store_path.exists()):
+        is_new = not is_store and (resume_from is None or not store_path.exists())
+        if is_new:
             options = config_to_dict(config.data.convert)
             report = convert(sources, store_path, replace=True, progress=ProgressLine("converting", "cells"), **options)
             print(report, file=sys.stderr)
-        if resume_from is None:
-            write_run_files(config, build_corpus(config.data, CellStore.open(store_path), seed=config.loop.seed))
+        try:
+            store = CellStore.open(store_path)
+            if resume_from is None:
+                write_run_files(config, build_corpus(config.data, store, seed=config.loop.seed))
+            else:
+                read_corpus(config.data, store, resume_from)
+        except InputError:
+            if is_new:
+                shutil.rmtree(store_path)
+            raise
 
     do_on_main(launch, prepare)
     return read_corpus(config.data, CellStore.open(store_path), out if resume_from is None else resume_from)
@@ -229,12 +239,13 @@ class TrainStream:
         self.config = config
         self.corpus = corpus
         self.device = device
+        rank, world_size = data_parallel_place()
         self.loader = corpus.train_loader(
             config.data.masking,
             cells_per_batch=config.loop.global_batch_size,
             seed=config.loop.seed,
-            rank=parallel_state.get_data_parallel_rank(),
-            world_size=parallel_state.get_data_parallel_world_size(),
+            rank=rank,
+            world_size=world_size,
             state=state,
         )
 
@@ -249,12 +260,13 @@ class TrainStream:
 
 def validation_batches(config: Config, corpus: Corpus, device: torch.device) -> Iterator[StepBatch]:
     """One pass over this process's part of the validation cells, masked alike every time."""
+    rank, world_size = data_parallel_place()
     loader: Loader = corpus.validation_loader(
         config.data.masking,
         cells_per_batch=config.loop.global_batch_size,
         seed=config.loop.seed,
-        rank=parallel_state.get_data_parallel_rank(),
-        world_size=parallel_state.get_data_parallel_world_size(),
+        rank=rank,
+        world_size=world_size,
     )
     with loader:
         for batch in loader:
@@ -291,7 +303,7 @@ def describe(config: Config, corpus: Corpus, launch: Launch, unigram_loss: float
         f"split by {config.data.validation_by}; vocabulary of {len(corpus.tokenizer.vocabulary):,} tokens",
         f"{config.model.num_layers} layers x {config.model.hidden_size} wide on {launch.world_size} processes "
         f"(tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}), "
-        f"{config.precision}",
+        f"{config.precision}, torch layers",
         f"to beat: {unigram_loss:.4f} nats, the cross-entropy of the training cells' gene frequencies (unigram)",
     ]
     if first_step > 1:

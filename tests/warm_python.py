@@ -1,9 +1,9 @@
 """A Python that has imported megatron-core, pandas and the recipes once, and forks a copy of itself for every program.
 
-A command line of celltron needs ten seconds to import what it uses; a test that tries fifty of them cannot pay that
-fifty times. Each copy is a process of its own, as if `python PROGRAM ARGUMENT ...` or `python -m MODULE ARGUMENT ...` had
-been started: own arguments, environment, folder, output files, session and exit code. Requests are JSON lines on stdin,
-answers JSON lines on the first stdout; tests talk to it through the fixture `warm_python` of conftest.py.
+A command line of celltron needs ten seconds to import what it uses; tests that try a hundred of them cannot pay that a
+hundred times. Each copy is a process of its own, as if `python PROGRAM ARGUMENT ...` or `python -m MODULE ARGUMENT ...`
+had been started: own arguments, environment, folder, output files, session and exit code. Requests are JSON lines on
+stdin, answers JSON lines on the first stdout; tests talk to it through the fixture `warm_python` of conftest.py.
 """
 
 import json
@@ -16,6 +16,9 @@ import time
 from typing import Any
 
 import anndata  # noqa: F401 - imported before the copies are forked
+import numba
+import pyarrow.dataset  # noqa: F401
+import pydantic.dataclasses  # noqa: F401
 
 import celltron.cells  # noqa: F401
 import celltron.recipes.geneformer_pretrain  # noqa: F401
@@ -70,6 +73,7 @@ def wait(pid: int, timeout_seconds: float) -> int | None:
 def main() -> None:
     """Serve until stdin ends; a copy returns from here to run what was asked for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    numba.njit(lambda: 0)()  # has numba load what it compiles with
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

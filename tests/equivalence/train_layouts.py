@@ -28,13 +28,14 @@ from celltron.cells import NO_LABEL, Batch
 from celltron.cells.corpus import DataConfig
 from celltron.core import Vocabulary
 from celltron.models.geneformer import GeneformerConfig, build_geneformer
-from celltron.recipes.geneformer_pretrain import DTYPES, Config, forward_step, make_step_batch
+from celltron.recipes.geneformer_pretrain import Config, forward_step, make_step_batch
 from celltron.train.checkpoint import MODEL_METADATA, RunState
 from celltron.train.launch import Launch, start_process_group
 from celltron.train.loop import Job, LoopConfig, StepBatch, fit
 from celltron.train.metrics import MetricsWriter
 from celltron.train.optimizer import OptimizerConfig, wrap_model
 from celltron.train.parallel import ParallelConfig, start_model_parallel
+from celltron.train.precision import DTYPES
 from celltron.train.schedule import ScheduleConfig
 
 CPU = torch.device("cpu")

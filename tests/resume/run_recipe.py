@@ -1,7 +1,7 @@
 """Pretrain as the recipe does, note what it trains on, and stop it with a signal at a chosen moment.
 
-`run_recipe.py RECORD MOMENT ARGUMENT ...`: RECORD is a file (this process's rank is added to its name) for one JSON line
-a training batch with its cells and digests of their tokens and labels, or `-`. MOMENT is `-` or `SIGNAL@WHERE`:
+`run_recipe.py RECORD MOMENT ARGUMENT ...`: RECORD is `-` or a file (this process's rank is added to its name) for one
+JSON line a training batch with its cells and digests of their tokens and labels. MOMENT is `-` or `SIGNAL@WHERE`:
 
     KILL@25+0.01          0.01 s after the line of step 25 stands in metrics.jsonl, wherever the process is by then
     KILL@save 30+0.01     0.01 s after the checkpoint of step 30 was begun

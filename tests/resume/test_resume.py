@@ -15,6 +15,8 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from celltron.cells import convert
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 PROGRAM = Path(__file__).with_name("run_recipe.py")
 RANKS = Path(__file__).parents[1] / "equivalence" / "ranks.py"
 # 35 of the 41 cells train, four a step: an epoch ends inside a batch, and step 20 lies inside the third epoch.
@@ -102,10 +104,7 @@ def assert_same_so_far(run: Path, whole: Path) -> None:
     assert metrics == read_metrics(whole)[: len(metrics)]
     for name in set(checkpoint_names(run)) & set(checkpoint_names(whole)):
         tensors, others = read_tensors(run / "checkpoints" / name), read_tensors(whole / "checkpoints" / name)
-        assert sum(key.startswith("optimizer") for key in tensors) == 2 * sum(
-            not key.startswith("optimizer") for key in tensors
-        )
-        assert tensors.keys() == others.keys()
+        assert tensors.keys() == others.keys() > {"output_layer.bias", "optimizer.state.exp_avg_sq.output_layer.bias"}
         assert [key for key in tensors if not torch.equal(tensors[key], others[key])] == []
 
 
@@ -139,11 +138,12 @@ KILLS = [
     ids=["one", "dp2", "dp2_zero"],
 )
 def test_stopped_and_continued_equals_undisturbed(
-    folder: Path, train: Train, request: pytest.FixtureRequest, layout: Layout, stops: list[tuple[str, int, str | None]]
+    train: Train, whole: Path, request: pytest.FixtureRequest, layout: Layout, stops: list[tuple[str, int, str | None]]
 ) -> None:
-    name = request.node.callspec.id
-    undisturbed, run = folder / f"{name} undisturbed", folder / name
-    assert train(undisturbed, layout).code == 0
+    run = whole.with_name(request.node.callspec.id)
+    undisturbed = whole if layout is ONE else run.with_name(f"{run.name} undisturbed")
+    if layout is not ONE:
+        assert train(undisturbed, layout).code == 0
     assert [record["step"] for record in read_metrics(undisturbed) if "loss" in record] == list(range(1, MAX_STEPS + 1))
     for moment, code, newest in stops:
         ended = train(run, layout, "--resume=auto", moment=moment)
@@ -178,43 +178,52 @@ def read_batches(record: Path, layout: Layout) -> list[dict[str, list[Any]]]:
     return [{key: [x for part in parts for x in part[key]] for key in parts[0]} for parts in zip(*lines, strict=True)]
 
 
-def assert_close_to(run: Path, fixed: Path, first_step: int) -> None:
-    """Losses and final tensors to 1e-9: float64 keeps sixteen digits, and the sums are only ordered otherwise."""
+def assert_close_to(run: Path, fixed: Path, first_step: int, tolerance: float) -> None:
+    """Losses, gradient norms and final tensors agree."""
     metrics = [record for record in read_metrics(fixed) if record["step"] >= first_step]
     assert len(read_metrics(run)) == len(metrics) > 0
     for record, wanted in zip(read_metrics(run), metrics, strict=True):
-        assert record == pytest.approx(wanted, rel=0, abs=1e-9)
+        # Megatron takes the norm itself in float32.
+        assert record.pop("grad_norm", 0.0) == pytest.approx(wanted.pop("grad_norm", 0.0), rel=1e-6)
+        assert record == pytest.approx(wanted, rel=0, abs=tolerance)
     name = f"step_{MAX_STEPS:08d}"
     tensors, others = read_tensors(run / "checkpoints" / name), read_tensors(fixed / "checkpoints" / name)
     assert tensors.keys() == others.keys()
     for key, tensor in tensors.items():
-        torch.testing.assert_close(tensor, others[key], rtol=0, atol=1e-9, msg=key)
+        torch.testing.assert_close(tensor, others[key], rtol=0, atol=tolerance, msg=key)
 
 
-EXACT_NUMBERS = ["--precision=fp64", "model.hidden_dropout=0", "model.attention_dropout=0"]
+# Without clipping, since a norm in float32 would scale the gradients of two layouts differently.
+EXACT_NUMBERS = [
+    "--precision=fp64",
+    "model.hidden_dropout=0",
+    "model.attention_dropout=0",
+    "optimizer.clip_gradient_norm=0",
+]
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [(DP2, [TP2, PP2, ONE]), (DP2_ZERO, [TP2_ZERO])],
+    ("before", "after", "tolerance"),
+    # In float64 only the order of sums differs; but a distributed optimizer is written in float32.
+    [(DP2, [TP2, PP2, ONE], 1e-9), (DP2_ZERO, [TP2_ZERO], 1e-6)],
     ids=["dp2", "dp2_zero"],
 )
 def test_another_layout_goes_on_with_the_same_cells_and_masks(
-    folder: Path, train: Train, before: Layout, after: list[Layout], whole: Path, request: pytest.FixtureRequest
+    train: Train, before: Layout, after: list[Layout], tolerance: float, whole: Path, request: pytest.FixtureRequest
 ) -> None:
-    fixed = folder / f"{request.node.callspec.id} in float64"
-    fixed_record = folder / f"{fixed.name}.batches"
+    fixed = whole.with_name(f"{request.node.callspec.id} in float64")
+    fixed_record = fixed.with_name(f"{fixed.name}.batches")
     assert train(fixed, before, *EXACT_NUMBERS, record=fixed_record).code == 0
     batches = read_batches(fixed_record, before)
     assert batches == read_batches(whole.with_name("whole.batches"), ONE)
     start_from = fixed / "checkpoints" / "step_00000020"
     for place, layout in enumerate(after):
-        run = folder / f"{fixed.name} then {place}"
-        record = folder / f"{run.name}.batches"
+        run = fixed.with_name(f"{fixed.name} then {place}")
+        record = fixed.with_name(f"{run.name}.batches")
         ended = train(run, layout, *EXACT_NUMBERS, f"--resume={start_from}", record=record)
         assert ended.code == 0, ended.stderr
         assert read_batches(record, layout) == batches[20:]
-        assert_close_to(run, fixed, first_step=21)
+        assert_close_to(run, fixed, first_step=21, tolerance=tolerance)
 
 
 @pytest.fixture
@@ -266,8 +275,8 @@ def assert_refused(train: Train, run: Path, *words: str, arguments: tuple[object
     ("arguments", "words"),
     [
         (["--seed=1"], ["loop.seed", "1", "0", "step_00000040"]),
-        (["--precision=bf16"], ["precision", "bfloat16", "float32", "step_00000040"]),
-        (["--distributed-optimizer"], ["parallel.distributed_optimizer", "step_00000040"]),
+        (["--max-steps=50", "--precision=bf16"], ["precision", "bfloat16", "float32", "step_00000040"]),
+        (["--max-steps=50", "--distributed-optimizer"], ["parallel.distributed_optimizer", "step_00000040"]),
         ([], ["loop.max_steps", "40"]),
         (["--max-steps=50", "model.hidden_size=32"], ["step_00000040", "do not fit this model"]),
     ],

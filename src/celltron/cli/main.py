@@ -73,7 +73,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SRC", help=".h5ad files")
     parser.add_argument("--out", type=Path, required=True, help="store folder to make")
     parser.add_argument("--layer", help="layer that holds the counts; X otherwise")
-    parser.add_argument("--raw", action="store_true", help="read `raw` and its genes")
+    parser.add_argument("--use-raw", action="store_true", help="read `raw` and its genes")
     parser.add_argument("--species", choices=["human", "mouse"], default="human", help="whose genes the names are")
     parser.add_argument("--gene-id-column", help="column of var with Ensembl ids or symbols; found otherwise")
     parser.add_argument("--obs-columns", nargs="*", help="columns of obs to keep; all otherwise")
@@ -89,7 +89,7 @@ def _convert(options: argparse.Namespace) -> None:
         options.sources,
         options.out,
         layer=options.layer,
-        use_raw=options.raw,
+        use_raw=options.use_raw,
         species=options.species,
         gene_id_column=options.gene_id_column,
         obs_columns=options.obs_columns,

@@ -81,14 +81,14 @@ def test_a_missing_layer_names_those_there_are(tmp_path: Path, write_h5ad, small
 
 def test_no_raw(tmp_path: Path, write_h5ad, small, genes) -> None:  # type: ignore[no-untyped-def]
     path = write_h5ad(tmp_path / "a.h5ad", small, genes, layers={"counts": small})
-    refuse(path, "no raw: leave use_raw out or pass layer=NAME .it has counts", use_raw=True)
+    refuse(path, "no raw: leave --use-raw out or pass --layer NAME .it has counts", use_raw=True)
 
 
 def test_no_x(tmp_path: Path, small, genes) -> None:  # type: ignore[no-untyped-def]
     data = anndata.AnnData(None, obs=pd.DataFrame(index=list(map(str, range(40)))), var=pd.DataFrame(index=genes))
     data.layers["counts"] = sp.csr_matrix(small)
     data.write_h5ad(tmp_path / "a.h5ad")
-    refuse(tmp_path / "a.h5ad", "has no X: pass layer=counts")
+    refuse(tmp_path / "a.h5ad", "has no X: pass --layer counts")
 
 
 @pytest.mark.parametrize("form", ["csr", "csc", "dense"])
@@ -115,12 +115,12 @@ def normalised(counts: np.ndarray) -> np.ndarray:
 def test_log_normalised_data_is_recognised(tmp_path: Path, write_h5ad, small, genes) -> None:  # type: ignore[no-untyped-def]
     logged = np.log1p(normalised(small))
     path = write_h5ad(tmp_path / "a.h5ad", logged, genes)
-    refuse(path, "look log-normalised .*get the raw counts, or set allow_floats")
+    refuse(path, "look log-normalised .*get the raw counts, or pass --allow-floats")
     path = write_h5ad(tmp_path / "a.h5ad", logged, genes, layers={"scaled": logged - 1, "umi": small})
-    refuse(path, "look log-normalised .*pass layer=umi, which holds integers")
-    refuse(path, "cannot be negative .*pass layer=umi, which holds integers", layer="scaled")
+    refuse(path, "look log-normalised .*pass --layer umi, which holds integers")
+    refuse(path, "cannot be negative .*pass --layer umi, which holds integers", layer="scaled")
     path = write_h5ad(tmp_path / "a.h5ad", small, genes, layers={"logged": logged})
-    refuse(path, r"pass X \(leave layer and use_raw out\), which holds integers", layer="logged")
+    refuse(path, r"pass X \(leave --layer and --use-raw out\), which holds integers", layer="logged")
     refuse(write_h5ad(tmp_path / "a.h5ad", normalised(small), genes), "look normalised to one total a cell")
     refuse(write_h5ad(tmp_path / "a.h5ad", np.sqrt(small), genes), "look (log-transformed or )?normalised")
 
@@ -136,7 +136,7 @@ def test_raw_with_other_genes(tmp_path: Path, small, genes) -> None:  # type: ig
     data.raw = whole
     path = tmp_path / "a.h5ad"
     data.write_h5ad(path)
-    refuse(path, "pass use_raw, which holds integers")
+    refuse(path, "pass --use-raw, which holds integers")
     convert([path], tmp_path / "raw.store", use_raw=True)
     store = CellStore.open(tmp_path / "raw.store")
     assert store.gene_ids == tuple(genes)

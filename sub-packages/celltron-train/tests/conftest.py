@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -58,6 +59,7 @@ class SmallModel(MegatronModule):
 
     def __init__(self, config: TransformerConfig, num_outputs: int) -> None:
         super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
         self.norm = torch.nn.LayerNorm(config.hidden_size, dtype=config.params_dtype)
         self.linear = torch.nn.Linear(config.hidden_size, num_outputs, dtype=config.params_dtype)
 

@@ -3,7 +3,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from celltron.core import InputError
-from celltron.train.parallel import ParallelConfig, start_model_parallel
+from celltron.train.parallel import ParallelConfig, data_parallel_place, start_model_parallel
 
 
 @pytest.mark.parametrize(
@@ -39,5 +39,5 @@ def test_groups_and_generators_are_made_and_made_again(engine: None) -> None:
         start_model_parallel(ParallelConfig(), seed=1)
         assert parallel_state.get_tensor_model_parallel_world_size() == 1
         assert parallel_state.get_pipeline_model_parallel_world_size() == 1
-        assert parallel_state.get_data_parallel_world_size() == 1
+        assert data_parallel_place() == (0, 1)
         assert "model-parallel-rng" in get_cuda_rng_tracker().get_states()

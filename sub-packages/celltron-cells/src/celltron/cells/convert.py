@@ -54,8 +54,8 @@ class ConversionReport:
     """What a conversion read and wrote; ``str(report)`` is what the command prints.
 
     ``num_unmapped`` genes (``unmapped_names``: the first of them) have no Ensembl id and held ``unmapped_fraction``
-    of all counts;
-    ``num_summed`` columns fell on the gene of another column of their file and were added to it.
+    of all counts; ``num_summed`` columns fell on the gene of another column of their file and were added to it;
+    ``notes`` names the obs columns that became text.
     """
 
     out: str

@@ -21,6 +21,7 @@ from celltron.cells.split import Split, split_cells
 from celltron.cells.store import CellStore
 from celltron.cells.tokenize import RankTokenizer, count_tokens
 from celltron.core import (
+    InputError,
     MedianTable,
     Vocabulary,
     load_published_geneformer,
@@ -189,10 +190,12 @@ def _vocabulary(config: DataConfig, store: CellStore, split: Split) -> tuple[Voc
     for published in PUBLISHED:
         if config.vocabulary == published:
             return load_published_geneformer(published)
+    if not Path(config.vocabulary).is_file():
+        raise InputError(
+            f"data.vocabulary is {config.vocabulary!r}, neither store, gc30M, gc95M nor a table's path; choose one of them"
+        )
     return load_vocabulary_table(Path(config.vocabulary))
 
 
-def _tokenizer(
-    config: DataConfig, store: CellStore, vocabulary: Vocabulary, medians: MedianTable
-) -> RankTokenizer:
+def _tokenizer(config: DataConfig, store: CellStore, vocabulary: Vocabulary, medians: MedianTable) -> RankTokenizer:
     return RankTokenizer(vocabulary, medians, store.gene_ids, max_length=config.max_length)

@@ -12,10 +12,14 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from celltron.cells.compiled import compiled
 from celltron.core import InputError
 
 BLOCK_VALUES = 2**19
 BLOCK_ROWS = 2**17
+CSC_BLOCKS = 4
+_TRIPLE = ("rows", "columns", "values")
+_Triples = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,18 +56,36 @@ def row_bounds(indptr: npt.NDArray[np.int64], num_values: int | None = None) -> 
     return bounds
 
 
-def rows_from_triples(
-    rows: npt.NDArray[np.integer],
-    columns: npt.NDArray[np.integer],
-    values: npt.NDArray[np.generic],
-    start: int,
-    stop: int,
-) -> RowBlock:
-    """Order (row, column, value) triples of the rows ``start .. stop`` by row; within a row their order is kept."""
-    order = np.argsort(rows, kind="stable")
-    indptr = np.zeros(stop - start + 1, dtype=np.int64)
-    np.cumsum(np.bincount(rows - start, minlength=stop - start), out=indptr[1:])
-    return RowBlock(start=start, indptr=indptr, columns=columns[order], values=values[order])
+@compiled
+def _order_by(keys: npt.NDArray[np.integer], num_keys: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """A stable counting sort: where each key begins, [num_keys + 1], and the places of the keys in order."""
+    begins = np.zeros(num_keys + 1, dtype=np.int64)
+    for key in keys:
+        begins[key + 1] += 1
+    for k in range(num_keys):
+        begins[k + 1] += begins[k]
+    following = begins.copy()
+    order = np.empty(keys.shape[0], dtype=np.int64)
+    for i in range(keys.shape[0]):
+        order[following[keys[i]]] = i
+        following[keys[i]] += 1
+    return begins, order
+
+
+@compiled
+def _compress(dense: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[Any]]:
+    """Dense rows in compressed form; what is not a number is not zero."""
+    indptr = np.zeros(dense.shape[0] + 1, dtype=np.int64)
+    columns = np.empty(dense.size, dtype=np.int32)
+    values = np.empty(dense.size, dtype=dense.dtype)
+    end = np.int64(0)
+    for row in range(dense.shape[0]):
+        for column in range(dense.shape[1]):
+            columns[end] = column
+            values[end] = dense[row, column]
+            end += np.int64(dense[row, column] != 0)
+        indptr[row + 1] = end
+    return indptr, columns[:end], values[:end]
 
 
 class CsrMatrix:
@@ -101,50 +123,58 @@ class CscMatrix:
         self.shape = shape
         self._rows, self._values = group["indices"], group["data"]
         self._indptr = _read_indptr(group, shape[1], "genes")
+        self._index_dtype = np.dtype(np.int32 if max(shape) < 2**31 else np.int64)
 
-    def _columns(self, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    def _columns(self, start: int, stop: int) -> _Triples:
         first, last = int(self._indptr[start]), int(self._indptr[stop])
-        rows = self._rows[first:last].astype(np.int64)
+        rows = self._rows[first:last].astype(self._index_dtype)
         if len(rows) and (rows.min() < 0 or rows.max() >= self.shape[0]):
             raise InputError(
                 f"{self._rows.file.filename} is damaged: its matrix names cells that it does not have; copy it again"
             )
-        columns = np.repeat(np.arange(start, stop, dtype=np.int64), np.diff(self._indptr[start : stop + 1]))
+        columns = np.repeat(np.arange(start, stop, dtype=self._index_dtype), np.diff(self._indptr[start : stop + 1]))
         return rows, columns, self._values[first:last]
 
-    def _column_runs(self) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]:
-        bounds = row_bounds(self._indptr)
+    def _column_runs(self) -> Iterator[_Triples]:
+        bounds = row_bounds(self._indptr, CSC_BLOCKS * BLOCK_VALUES)
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
             yield self._columns(start, stop)
 
     def blocks(self, scratch: Path) -> Iterator[RowBlock]:
-        """All rows in order; needs as much scratch space as the stored values, 16 to 24 bytes each."""
+        """All rows in order; needs scratch space of 8 bytes a stored value and the value itself."""
         per_row = np.zeros(self.shape[0], dtype=np.int64)
         for rows, _, _ in self._column_runs():
             per_row += np.bincount(rows, minlength=self.shape[0])
         bounds = np.array(row_bounds(np.concatenate([[0], np.cumsum(per_row)])))
-        record = np.dtype([("row", np.int64), ("column", np.int64), ("value", self._values.dtype)])
+        run_of_row = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+        files = [[scratch / f"{name}{i:05d}" for name in _TRIPLE] for i in range(len(bounds) - 1)]
         scratch.mkdir(exist_ok=True)
-        paths = [scratch / f"rows{i:05d}" for i in range(len(bounds) - 1)]
-        for rows, columns, values in self._column_runs():
-            run = np.searchsorted(bounds, rows, side="right") - 1
-            triples = np.empty(len(rows), dtype=record)
-            triples["row"], triples["column"], triples["value"] = rows, columns, values
-            triples = triples[np.argsort(run, kind="stable")]
-            ends = np.cumsum(np.bincount(run, minlength=len(paths)))
-            for path, part in zip(paths, np.split(triples, ends[:-1]), strict=True):
-                with path.open("ab") as file:
-                    file.write(part.data)
-        for path, start, stop in zip(paths, bounds[:-1], bounds[1:], strict=True):
-            triples = np.fromfile(path, dtype=record)
-            path.unlink()
-            yield rows_from_triples(triples["row"], triples["column"], triples["value"], int(start), int(stop))
+        for triples in self._column_runs():
+            begins, order = _order_by(run_of_row[triples[0]], len(files))
+            for array, k in zip(triples, range(3), strict=True):
+                ordered = array[order]
+                for i, paths in enumerate(files):
+                    with paths[k].open("ab") as file:
+                        file.write(ordered[begins[i] : begins[i + 1]].data)
+        dtypes = (self._index_dtype, self._index_dtype, self._values.dtype)
+        for paths, start, stop in zip(files, bounds[:-1], bounds[1:], strict=True):
+            rows, columns, values = (np.fromfile(path, dtype) for path, dtype in zip(paths, dtypes, strict=True))
+            for path in paths:
+                path.unlink()
+            yield _rows_of((rows, columns, values), int(start), int(stop))
         scratch.rmdir()
 
     def head(self, num_values: int) -> RowBlock:
         """The first columns; rows whose values lie in later columns look empty."""
         stop = row_bounds(self._indptr, num_values)[1]
-        return rows_from_triples(*self._columns(0, stop), 0, self.shape[0])
+        return _rows_of(self._columns(0, stop), 0, self.shape[0])
+
+
+def _rows_of(triples: _Triples, start: int, stop: int) -> RowBlock:
+    """Order triples of the rows ``start .. stop`` by row; within a row their order is kept."""
+    rows, columns, values = triples
+    indptr, order = _order_by(rows - start, stop - start)
+    return RowBlock(start=start, indptr=indptr, columns=columns[order], values=values[order])
 
 
 class DenseMatrix:
@@ -156,10 +186,9 @@ class DenseMatrix:
 
     def _rows(self, start: int, stop: int) -> RowBlock:
         dense = self._dataset[start:stop]
-        rows, columns = np.nonzero(dense)
-        indptr = np.zeros(stop - start + 1, dtype=np.int64)
-        np.cumsum(np.bincount(rows, minlength=stop - start), out=indptr[1:])
-        return RowBlock(start=start, indptr=indptr, columns=columns, values=dense[rows, columns])
+        native = np.dtype(np.float32) if dense.dtype == np.float16 else dense.dtype.newbyteorder("=")
+        indptr, columns, values = _compress(dense.astype(native, copy=False))
+        return RowBlock(start=start, indptr=indptr, columns=columns, values=values)
 
     def blocks(self, scratch: Path) -> Iterator[RowBlock]:
         """All rows in order, whole chunks of the file at a time where these are not too tall."""

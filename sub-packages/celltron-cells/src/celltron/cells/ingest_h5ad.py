@@ -101,7 +101,7 @@ def _find_parts(path: Path, file: h5py.File, adata_layer: str | None, use_raw: b
         )
         raise InputError(f"{path} is HDF5 but not an .h5ad file (it has no obs and var): it may be {hint}")
     if adata_layer is not None and use_raw:
-        raise InputError(f"both layer={adata_layer} and use_raw were asked of {path}: choose one of them")
+        raise InputError(f"both --layer {adata_layer} and --use-raw were asked of {path}: choose one of them")
     matrix_name, var_name = _matrix_name(path, file, adata_layer, use_raw)
     source = H5adSource(
         path=path,
@@ -128,7 +128,7 @@ def _matrix_name(path: Path, file: h5py.File, adata_layer: str | None, use_raw: 
         for matrix, var in (("raw/X", "raw/var"), ("raw.X", "raw.var")):
             if matrix in file and var in file:
                 return matrix, var
-        raise InputError(f"{path} has no raw: leave use_raw out{_or_layers(layers)}")
+        raise InputError(f"{path} has no raw: leave --use-raw out{_or_layers(layers)}")
     if adata_layer is not None:
         if adata_layer not in layers:
             there = f"it has {', '.join(layers)}" if layers else "it has none"
@@ -138,7 +138,7 @@ def _matrix_name(path: Path, file: h5py.File, adata_layer: str | None, use_raw: 
         return f"layers/{adata_layer}", "var"
     no_x = "X" not in file or (isinstance(file["X"], h5py.Dataset) and file["X"].shape is None)
     if no_x:
-        ways = [f"layer={name}" for name in layers] + ["use_raw"] * ("raw" in file)
+        ways = [f"--layer {name}" for name in layers] + ["--use-raw"] * ("raw" in file)
         raise InputError(f"{path} has no X: pass {' or '.join(ways) if ways else 'a file that holds counts'}")
     return "X", "var"
 
@@ -148,7 +148,7 @@ def _layer_names(file: h5py.File) -> list[str]:
 
 
 def _or_layers(layers: list[str]) -> str:
-    return f" or pass layer=NAME (it has {', '.join(layers)})" if layers else ""
+    return f" or pass --layer NAME (it has {', '.join(layers)})" if layers else ""
 
 
 def describe_bad_value(source: H5adSource, block: RowBlock, bad: BadValue) -> str:
@@ -169,7 +169,7 @@ def describe_bad_value(source: H5adSource, block: RowBlock, bad: BadValue) -> st
     if bad.problem == NOT_FINITE:
         return f"{where}: counts must be finite; {instead or 'mend or remove this cell'}"
     if bad.problem == NOT_INTEGER:
-        advice = instead or "get the raw counts, or set allow_floats if these values are meant"
+        advice = instead or "get the raw counts, or pass --allow-floats if these values are meant"
         return f"{where}: wanted raw integer counts, but these values look {_looks_like(block)}; {advice}"
     return f"{where}: counts above 2^53 are not exact; {instead or 'mend or remove this cell'}"
 
@@ -198,11 +198,11 @@ def _is_constant(sums: npt.NDArray[np.float64]) -> bool:
 
 
 def matrices_of_counts(source: H5adSource) -> list[str]:
-    """The other matrices of the file whose first values are whole and not negative, as options: ``layer=counts``."""
-    names = {"X": "X (leave layer and use_raw out)"} | {
-        f"layers/{name}": f"layer={name}" for name in _layer_names(source.file)
+    """The other matrices of the file whose first values are whole and not negative, as options: ``--layer counts``."""
+    names = {"X": "X (leave --layer and --use-raw out)"} | {
+        f"layers/{name}": f"--layer {name}" for name in _layer_names(source.file)
     }
-    names |= {"raw/X": "use_raw", "raw.X": "use_raw"}
+    names |= {"raw/X": "--use-raw", "raw.X": "--use-raw"}
     found = []
     for name, option in names.items():
         if name == source.matrix_name or name not in source.file:

@@ -1,8 +1,7 @@
 """Batches of masked tokens: the stream of `sampler`, this rank's part of it, tokenised and masked ahead of need.
 
 What a batch holds is a function of (store, tokenizer, masking, seed, epoch, position) and of the rank's share of it;
-threads only make
-it earlier.
+threads only make it earlier.
 """
 
 from collections import deque
@@ -23,11 +22,10 @@ from celltron.core import InputError
 class Loader:
     """Iterates over the batches of one rank.
 
-    Global batch g is the next ``cells_per_batch`` cells of the stream epoch 0, epoch 1, … without a gap between
-    epochs, so that every cell
-    comes once an epoch; the last one of the last epoch may be shorter. Of its n cells rank r takes ``n*r//world_size
-    .. n*(r+1)//world_size``,
-    which may be none. Masks and order do not depend on ranks, batch size or prefetch.
+    A global batch is the next ``cells_per_batch`` cells of the stream epoch 0, epoch 1, … without a gap between
+    epochs, so that every cell comes once an epoch; the last one of the last epoch may be shorter. Of its n cells rank r
+    takes ``n*r//world_size .. n*(r+1)//world_size``, which may be none. Masks and order do not depend on ranks, batch
+    size or prefetch. An iterator, not a list: a second ``for`` goes on where the first one stopped; `seek` goes back.
 
     Args:
         store: where the counts are.

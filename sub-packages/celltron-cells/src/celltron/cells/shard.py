@@ -46,9 +46,8 @@ def _map(path: Path, dtype: str, length: int) -> npt.NDArray[Any]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            if (
-                size != length * little.itemsize
-            ):  # cut or grown since the store was opened: mapping it would end in a bus error
+            # Cut or grown since the store was opened? Reading beyond its end would end in a bus error.
+            if size != length * little.itemsize:
                 raise InputError(f"{path} has {size} bytes, wanted {length * little.itemsize}; copy the store again")
             if size == 0:
                 return np.zeros(0, dtype=dtype)

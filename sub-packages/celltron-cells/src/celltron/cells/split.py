@@ -76,7 +76,7 @@ def split_cells(
         store: the cells.
         by: ``cell``, or a column of obs whose groups stay whole.
         validation_fraction: share of the cells, from 0 to 1, both excluded; groups are drawn in keyed order until the
-        share is nearest.
+            share is nearest.
         seed: of the draw.
         validation_groups: take exactly these groups instead; the fraction is then not used.
     """

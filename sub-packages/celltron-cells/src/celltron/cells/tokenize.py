@@ -216,11 +216,10 @@ def _tokenize_kernel(
 class RankTokenizer:
     """Turns cells of one store's genes into token ids.
 
-    score = count / total_counts x 10,000 / median of the gene, in float64 and in this order; falling; equal scores by
-    rising token id;
-    cut to ``max_length``, CLS and EOS included. ``total_counts`` is over all genes of the cell's source. Genes
-    without a token or without a
-    median are left out. A cell none of whose genes is left has length 0, or 2 with CLS and EOS.
+    A gene's score is count / total_counts x 10,000 / median, in float64 and in this order, where ``total_counts`` is
+    over all genes of the cell's source. Tokens come by falling score, at a tie by rising token id, and are cut to
+    ``max_length``, CLS and EOS included. Genes without a token or without a median are left out. A cell none of whose
+    genes is left has length 0, or 2 with CLS and EOS.
 
     Args:
         vocabulary: token ids.

@@ -127,7 +127,7 @@ class Checkpoints:
 def _newest_complete_step(folder: Path) -> int:
     """Step of the newest complete checkpoint, -1 where there is none; damaged newer ones are named."""
     problems = []
-    for path in reversed(list_checkpoints(folder)):
+    for path in reversed(_up_to_latest(folder)):
         try:
             verify_checkpoint(path)
         except InputError as error:
@@ -222,6 +222,15 @@ def _first_failure(error: CheckpointException) -> tuple[int, BaseException]:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return rank, cause
+
+
+def _up_to_latest(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first, up to the one that `latest` names: later ones are of an abandoned run."""
+    found = list_checkpoints(folder)
+    pointer = folder / LATEST_NAME
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    names = [path.name for path in found]
+    return found[: names.index(name) + 1] if name in names else found
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

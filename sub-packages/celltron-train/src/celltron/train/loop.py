@@ -188,13 +188,19 @@ def _train_step(
     loss, count = _run_micro_batches(job, batch, forward_only=False)
     set_learning_rate(job.optimizer, learning_rate(job.schedule, step, config.max_steps), job.weight_decay)
     totals = _sum_over_run(loss, count, batch, is_interrupted=interruption.signal_number is not None)
-    if not math.isfinite(totals.loss):
+    _refuse_non_finite("loss", totals.loss, step)
+    _, grad_norm, _ = job.optimizer.step()
+    # Here the parameters are lost already, but no checkpoint is written of them.
+    _refuse_non_finite("gradient norm", float(grad_norm), step)
+    return totals, float(grad_norm)
+
+
+def _refuse_non_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
         raise InputError(
-            f"the loss of step {step} is {totals.loss}, no number; continue from the last checkpoint with a lower "
+            f"the {name} of step {step} is {value}, no number; continue from the last checkpoint with a lower "
             "schedule.learning_rate, a longer warm-up or precision fp32"
         )
-    _, grad_norm, _ = job.optimizer.step()
-    return totals, float(grad_norm)
 
 
 def _run_micro_batches(job: Job, batch: StepBatch, *, forward_only: bool) -> tuple[float, float]:

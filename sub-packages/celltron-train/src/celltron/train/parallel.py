@@ -19,7 +19,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Whether tensor-parallel processes also split the activations between the matrices along the sequence."""
     distributed_optimizer: bool = False
-    """Whether data-parallel processes split the optimizer's state between them."""
+    """Whether data-parallel processes split the optimizer's state between them; it is saved in float32, so a run in fp64
+    resumes exactly only without it."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline"):
@@ -55,3 +56,8 @@ def start_model_parallel(config: ParallelConfig, *, seed: int) -> None:
         pipeline_model_parallel_size=config.pipeline,
     )
     seed_step(seed, step=0)
+
+
+def data_parallel_place() -> tuple[int, int]:
+    """This process's rank among those that share its part of the model and differ in their cells, and their number."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

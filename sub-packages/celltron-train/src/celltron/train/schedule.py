@@ -48,6 +48,7 @@ def learning_rate(config: ScheduleConfig, step: int, max_steps: int) -> float:
     if config.decay == "constant":
         return config.learning_rate
     decay_steps = max_steps - config.hold_steps - config.warmup_steps
-    done = min(1.0, (step - config.warmup_steps) / decay_steps) if decay_steps > 0 else 1.0
+    # The first step of the decay has the highest rate, and the last one not yet the lowest, which might be 0.
+    done = min(1.0, (step - 1 - config.warmup_steps) / decay_steps) if decay_steps > 0 else 1.0
     left = 0.5 * (1.0 + math.cos(math.pi * done)) if config.decay == "cosine" else 1.0 - done
     return config.minimum_learning_rate + (config.learning_rate - config.minimum_learning_rate) * left

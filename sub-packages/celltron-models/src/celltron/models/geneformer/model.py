@@ -102,7 +102,8 @@ class Geneformer(LanguageModule):
         # A cell without tokens would have nothing to attend to; the first place of every other cell is a token.
         is_hidden_BS = is_padding_BS.clone()
         is_hidden_BS[:, 0] = False
-        attention_mask = is_hidden_BS[:, None, None, :] if bool(is_hidden_BS.any()) else None
+        has_padding = bool(is_hidden_BS.any())  # syncs the host
+        attention_mask = is_hidden_BS[:, None, None, :] if has_padding else None
         embedded_SBD = self.embedding(tokens_BS) if self.pre_process else None
         hidden_SBD: torch.Tensor = self.encoder(hidden_states=embedded_SBD, attention_mask=attention_mask)
         if not self.post_process:

@@ -1,0 +1,349 @@
+"""The loop on a small regression. Axes: M places, D width of the input, E of the output."""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm, linear
+
+from celltron.core import InputError
+from celltron.train.checkpoint import Checkpoints, RunState, load_training, read_run_state
+from celltron.train.launch import Launch
+from celltron.train.loop import Job, LoopConfig, LossFunction, StepBatch, fit
+from celltron.train.metrics import MetricsWriter
+from celltron.train.optimizer import OptimizerConfig, wrap_model
+from celltron.train.schedule import ScheduleConfig
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor]
+# DESIGN.md names these; new keys may be added, none renamed.
+KEYS = {
+    "step",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "real_tokens_per_second",
+    "cells_per_second",
+    "real_token_fraction",
+    "data_wait_fraction",
+}
+CONFIG = LoopConfig(max_steps=4, global_batch_size=4, micro_batch_size=2, log_every=1)
+
+
+def forward_step(micro_batch: MicroBatch, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+    x_MD, y_ME = micro_batch
+
+    def sum_and_count(output_ME: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (output_ME - y_ME).square().sum(), torch.tensor(len(y_ME), dtype=torch.int32)
+
+    return model(x_MD), sum_and_count
+
+
+def make_batch(number: int, sizes: tuple[int, ...] = (3, 5)) -> StepBatch:
+    generator = torch.Generator().manual_seed(number)
+    micro_batches = [
+        tuple(torch.randn(size, width, generator=generator, dtype=torch.float64) for width in (4, 3)) for size in sizes
+    ]
+    return StepBatch(micro_batches=micro_batches, num_cells=4, num_tokens=30, num_places=40)
+
+
+@dataclass
+class Stream:
+    """Batches 1, 2, ...; calls what is asked for before it hands one out."""
+
+    before: dict[int, Callable[[], object]] = field(default_factory=dict)
+    number: int = 0
+    handed_out: list[StepBatch] = field(default_factory=list)
+
+    def __next__(self) -> StepBatch:
+        self.number += 1
+        self.before.get(self.number, lambda: None)()
+        self.handed_out.append(make_batch(self.number))
+        return self.handed_out[-1]
+
+    def state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+
+class CheckpointsInMemory(Checkpoints):
+    """Notes what would be saved."""
+
+    def __init__(self) -> None:
+        self.states: list[RunState] = []
+
+    def save(self, state: RunState, model: Any, optimizer: Any) -> Path:
+        self.states.append(state)
+        return Path()
+
+
+def validation() -> Iterator[StepBatch]:
+    """Two batches, and one of which this process has no part."""
+    yield make_batch(1001)
+    yield make_batch(1002, sizes=(1,))
+    yield StepBatch(micro_batches=(), num_cells=0, num_tokens=0, num_places=0)
+
+
+@pytest.fixture
+def make_job(make_model: Callable[..., Any], tmp_path: Path) -> Callable[..., Job]:
+    def make(**changes: Any) -> Job:
+        model, optimizer = wrap_model(
+            make_model(), OptimizerConfig(), dtype=torch.float64, distributed_optimizer=False
+        )
+        job = Job(
+            model=model,
+            optimizer=optimizer,
+            weight_decay=0.01,
+            schedule=ScheduleConfig(learning_rate=0.05, warmup_steps=2),
+            forward_step=forward_step,
+            train=Stream(),
+            validation=validation,
+            checkpoints=CheckpointsInMemory(),
+            metrics=MetricsWriter(tmp_path, is_main=True, first_step=1),
+        )
+        return replace(job, **changes)
+
+    return make
+
+
+def read(job: Job, key: str) -> list[dict[str, float]]:
+    """The records with a key."""
+    records = [json.loads(line) for line in job.metrics.path.read_text().splitlines()]
+    return [record for record in records if key in record]
+
+
+def parameters_of(job: Job) -> list[float]:
+    return torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()]).tolist()
+
+
+def mean_loss(job: Job, batches: list[StepBatch]) -> float:
+    """Sum over count, by hand."""
+    model = job.model.module
+    loss = count = 0.0
+    for batch in batches:
+        for x_MD, y_ME in batch.micro_batches:
+            normed_MD = layer_norm(x_MD, (4,), model.norm.weight, model.norm.bias)
+            output_ME = linear(normed_MD, model.linear.weight, model.linear.bias)
+            loss, count = loss + float((output_ME - y_ME).detach().square().sum()), count + len(y_ME)
+    return loss / count
+
+
+def test_records_have_the_keys_of_the_design(make_job: Callable[..., Job]) -> None:
+    job = make_job(validation_facts={"unigram_loss": 2.5})
+    fit(CONFIG, job)
+    records = read(job, "loss")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(record.keys() >= KEYS for record in records)
+    (record,) = read(job, "validation_loss")
+    assert record.keys() == {"step", "validation_loss", "unigram_loss"}
+    assert (record["step"], record["unigram_loss"]) == (4, 2.5)
+
+
+def test_the_loss_is_divided_once_by_the_whole_count(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    expected = mean_loss(job, [make_batch(1)])
+    fit(CONFIG, job)
+    assert read(job, "loss")[0]["loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_steps_are_those_of_adamw(make_job: Callable[..., Job], make_model: Callable[..., Any]) -> None:
+    job, model = make_job(), make_model()
+    fit(CONFIG, job)
+    groups = [
+        {"params": [parameter for parameter in model.parameters() if parameter.dim() > 1], "weight_decay": 0.01},
+        {"params": [parameter for parameter in model.parameters() if parameter.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    norms = []
+    for step, record in enumerate(read(job, "loss"), start=1):
+        optimizer.zero_grad()
+        micro_batches = make_batch(step).micro_batches
+        total = sum((model(x_MD) - y_ME).square().sum() for x_MD, y_ME in micro_batches)
+        (total / sum(len(y_ME) for _, y_ME in micro_batches)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        for group in optimizer.param_groups:
+            group["lr"] = record["learning_rate"]
+        optimizer.step()
+    assert [record["grad_norm"] for record in read(job, "loss")] == pytest.approx(norms, rel=1e-6)
+    assert max(norms) > 1.0
+    # Megatron clips by a float32 norm.
+    expected = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    assert parameters_of(job) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_the_learning_rate_is_that_of_the_schedule(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    fit(CONFIG, job)
+    assert [record["learning_rate"] for record in read(job, "loss")] == pytest.approx([0.025, 0.05, 0.05, 0.025])
+
+
+def test_throughput_counts_what_the_batches_say(make_job: Callable[..., Job]) -> None:
+    job = make_job(train=Stream({4: lambda: time.sleep(0.3)}))
+    fit(replace(CONFIG, log_every=2), job)
+    first, second = read(job, "loss")
+    assert (first["step"], second["step"]) == (2, 4)
+    assert first["real_token_fraction"] == pytest.approx(0.75)
+    assert first["real_tokens_per_second"] / first["cells_per_second"] == pytest.approx(30 / 4)
+    # Two steps of four cells each.
+    seconds = [8 / record["cells_per_second"] for record in (first, second)]
+    waited = [record["data_wait_fraction"] * time for record, time in zip((first, second), seconds, strict=True)]
+    assert 0.0 <= waited[0] < 0.3 <= waited[1] < seconds[1]
+    assert first["seconds_left"] == pytest.approx(seconds[0])
+    assert second["seconds_left"] == 0.0
+
+
+def test_validation_and_saving_do_not_count_as_training(make_job: Callable[..., Job]) -> None:
+    def slow_validation() -> Iterator[StepBatch]:
+        time.sleep(0.5)
+        yield from validation()
+
+    job = make_job(validation=slow_validation)
+    start = time.perf_counter()
+    fit(replace(CONFIG, validate_every=1, log_every=4), job)
+    elapsed_seconds = time.perf_counter() - start
+    (record,) = read(job, "loss")
+    # Four steps of four cells, and three validations before the line, one after it.
+    assert 16 / record["cells_per_second"] < elapsed_seconds - 4 * 0.5
+
+
+def test_the_validation_loss_is_sum_over_count_and_changes_nothing(make_job: Callable[..., Job]) -> None:
+    often, once = make_job(), make_job()
+    returned = fit(replace(CONFIG, validate_every=2), often)
+    records = read(often, "validation_loss")
+    assert [record["step"] for record in records] == [2, 4]
+    batches = [make_batch(1001), make_batch(1002, sizes=(1,))]
+    assert records[-1]["validation_loss"] == returned == pytest.approx(mean_loss(often, batches), rel=1e-12)
+    fit(CONFIG, once)
+    assert parameters_of(once) == parameters_of(often)
+
+
+def test_without_validation_places_the_loss_is_zero(make_job: Callable[..., Job]) -> None:
+    assert fit(CONFIG, make_job(validation=lambda: [])) == 0.0
+
+
+def test_the_last_step_is_saved(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    fit(CONFIG, job)
+    assert job.checkpoints.states == [
+        RunState(step=4, seed=0, loader={"number": 4}, distributed_optimizer=False, dtype="float64")
+    ]
+    job = make_job()
+    fit(replace(CONFIG, save_every=3), job)
+    assert [state.step for state in job.checkpoints.states] == [3, 4]
+    assert [state.loader for state in job.checkpoints.states] == [{"number": 3}, {"number": 4}]
+
+
+def test_a_run_goes_on_where_it_is_told(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    fit(CONFIG, job, first_step=3)
+    assert [record["step"] for record in read(job, "loss")] == [3, 4]
+    assert job.train.number == 2
+
+
+def test_no_steps_left_is_said(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    with pytest.raises(InputError, match="step 4 of loop.max_steps 4 is done already"):
+        fit(CONFIG, job, first_step=5)
+    assert job.train.number == 0 and job.checkpoints.states == []
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", launch=Launch())
+    whole = make_job(checkpoints=checkpoints)
+    fit(replace(CONFIG, save_every=2), whole)
+    resumed = make_job(train=Stream(number=2), metrics=MetricsWriter(tmp_path, is_main=False, first_step=3))
+    load_training(checkpoints.path(2), resumed.model, resumed.optimizer)
+    fit(CONFIG, resumed, first_step=read_run_state(checkpoints.path(2)).step + 1)
+    assert parameters_of(resumed) == parameters_of(whole)
+
+
+def spoil(value: float) -> Callable[..., tuple[torch.Tensor, LossFunction]]:
+    """A forward step whose loss is no number in the batch with that input."""
+
+    def forward(micro_batch: MicroBatch, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        output, loss_function = forward_step(micro_batch, model)
+        is_spoilt = torch.equal(micro_batch[0], make_batch(3).micro_batches[1][0])
+        return output * (value if is_spoilt else 1.0), loss_function
+
+    return forward
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_refused_before_the_update(make_job: Callable[..., Job], value: float) -> None:
+    spoilt, stopped = make_job(forward_step=spoil(value)), make_job()
+    with pytest.raises(InputError, match="the loss of step 3 is (nan|inf), no number; .* schedule.learning_rate"):
+        fit(CONFIG, spoilt)
+    # Both steps are of the warm-up, which does not know how long the run is.
+    fit(replace(CONFIG, max_steps=2), stopped)
+    assert parameters_of(spoilt) == parameters_of(stopped)
+    assert spoilt.checkpoints.states == []
+
+
+def test_a_gradient_that_is_no_number_is_not_saved(make_job: Callable[..., Job]) -> None:
+    class FiniteButForItsGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * math.nan
+
+    def forward(micro_batch: MicroBatch, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        output, loss_function = forward_step(micro_batch, model)
+        return FiniteButForItsGradient.apply(output), loss_function
+
+    job = make_job(forward_step=forward)
+    with pytest.raises(InputError, match="the gradient norm of step 1 is nan"):
+        fit(replace(CONFIG, save_every=1), job)
+    assert job.checkpoints.states == []
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_and_ends_the_run(
+    make_job: Callable[..., Job], number: int, exit_code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(train=Stream({2: lambda: os.kill(os.getpid(), number)}))
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as ended:
+        fit(replace(CONFIG, log_every=3, validate_every=2), job)
+    assert ended.value.code == exit_code
+    assert [state.step for state in job.checkpoints.states] == [2]
+    assert job.checkpoints.states[0].loader == {"number": 2}
+    # The step is logged though it was not its turn, and nobody waits for a validation.
+    assert [record["step"] for record in read(job, "loss")] == [2]
+    assert read(job, "validation_loss") == []
+    assert "step 2 is saved, continue with --resume auto" in capsys.readouterr().err
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_signal_in_the_last_step_lets_it_end_well(make_job: Callable[..., Job]) -> None:
+    job = make_job(train=Stream({4: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
+    assert fit(CONFIG, job) > 0.0
+    assert [state.step for state in job.checkpoints.states] == [4]
+
+
+def test_micro_batches() -> None:
+    config = LoopConfig(global_batch_size=24, micro_batch_size=4)
+    assert [config.num_micro_batches(data) for data in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(InputError, match="loop.global_batch_size 24 is not .* 4 x 4 .* choose a multiple of 16"):
+        config.num_micro_batches(4)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [({name: 0}, f"loop.{name} is 0") for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every")]
+    + [
+        ({name: -1}, f"loop.{name} is -1")
+        for name in ("validate_every", "save_every", "keep_checkpoints", "seed")
+    ],
+)
+def test_impossible_settings_are_named(values: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        LoopConfig(**values)
