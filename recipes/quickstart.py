@@ -19,6 +19,7 @@ from celltron.core import InputError, describe_seconds, parse_arguments, run_com
 RECIPES = Path(__file__).resolve().parent
 CELLS = RECIPES / "data" / "pbmc_citeseq" / "pbmc_citeseq.h5ad"
 CONFIG = RECIPES / "configs" / "geneformer_tiny.yaml"
+MARK_NAME = ".made_by_quickstart"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     config = parse_arguments(Config, arguments, flags={"--out": "out", "--device": "device"}).config
     out = Path(config.out)
     store, run, huggingface = out / "cells.store", out / "run", out / "huggingface"
-    for folder in (store, run, huggingface):
-        if folder.exists():
-            shutil.rmtree(folder)
+    clear(out, [store, run, huggingface])
     celltron("convert", CELLS, "--out", store)
     start = time.monotonic()
     celltron("train", "--config", CONFIG, "--data", store, "--out", run, "--device", config.device)
@@ -62,6 +61,18 @@ def main(arguments: Sequence[str]) -> None:
         f"  checkpoint            {checkpoint}\n  Hugging Face folder   {huggingface}\n"
         f"  metrics               {run / 'metrics.jsonl'}\n  summary               {out / 'summary.json'}"
     )
+
+
+def clear(out: Path, folders: Sequence[Path]) -> None:
+    """Remove what an earlier quickstart made, and nothing that it did not make."""
+    mark = out / MARK_NAME
+    if out.exists() and any(out.iterdir()) and not mark.exists():
+        raise InputError(f"{out} holds files that no quickstart made; choose another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    for folder in folders:
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def celltron(*words: str | Path) -> None:

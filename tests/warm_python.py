@@ -6,13 +6,16 @@ had been started: own arguments, environment, folder, output files, session and 
 stdin, answers JSON lines on the first stdout; tests talk to it through the fixture `warm_python` of conftest.py.
 """
 
+import atexit
 import json
 import os
 import resource
 import runpy
 import signal
 import sys
+import threading
 import time
+import traceback
 from typing import Any
 
 import anndata  # noqa: F401 - imported before the copies are forked
@@ -50,7 +53,27 @@ def start(request: dict[str, Any]) -> int:
 
 
 def become(arguments: list[str]) -> None:
-    """Run a program or a module as `python` would; what it raises ends this process as it would end `python`."""
+    """Run a program or a module and end as `python` would, save that memory is not tidied up, which takes seconds."""
+    code: object = None
+    try:
+        run(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def run(arguments: list[str]) -> None:
+    """Run a program or a module as `python` would."""
     if arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], os.getcwd()
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -71,7 +94,7 @@ def wait(pid: int, timeout_seconds: float) -> int | None:
 
 
 def main() -> None:
-    """Serve until stdin ends; a copy returns from here to run what was asked for."""
+    """Serve until stdin ends; a copy runs what was asked for and never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     numba.njit(lambda: 0)()  # has numba load what it compiles with
     print(json.dumps("ready"), flush=True)
@@ -81,7 +104,6 @@ def main() -> None:
             answer = wait(request["pid"], request["timeout_seconds"])
         elif (answer := start(request)) == 0:
             become(request["arguments"])
-            return
         print(json.dumps(answer), flush=True)
 
 

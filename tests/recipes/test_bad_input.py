@@ -231,12 +231,22 @@ CASES: dict[str, tuple[Callable[[Place], Words], str]] = {
     "config typo": (config_with("loop: {max_stesp: 3}"), r"max_stesp.*max_steps"),
     "section typo": (config_with("modle: {num_layers: 3}"), "modle.*model"),
     "wrong type": (config_with("loop: {max_steps: many}"), "loop.max_steps.*many"),
+    "number for a truth value": (config_with("parallel: {sequence_parallel: 1}"), "parallel.sequence_parallel.*1"),
+    "key given twice": (config_with("loop: {seed: 1}\nloop: {seed: 2}"), "loop"),
     "config of a list": (config_with("- 1\n- 2\n"), r"bad\.yaml"),
     "config that is no YAML": (config_with("loop: {max_steps: [1"), r"bad\.yaml"),
     "missing config": (lambda p: p.train(config=p.folder / "no.yaml"), r"no\.yaml"),
     "unknown flag": (lambda p: p.train("--max-setps", "3"), "--max-setps.*--max-steps"),
     "override typo": (lambda p: p.train("optimizer.beta3=0.9"), "beta3"),
     "no data": (lambda p: ["train", "--config", p.config, "--out", p.folder / "new_run"], "data.paths"),
+    "no such data": (lambda p: p.train("--data", p.folder / "nowhere.store"), r"nowhere\.store"),
+    "a run for data": (lambda p: p.train("--data", p.run), "tiny|run"),
+    "a checkpoint for data": (
+        lambda p: p.train("--data", p.run / "checkpoints" / "step_00000004"),
+        "celltron-checkpoint.*celltron-cellstore",
+    ),
+    "damaged h5ad to train on": (lambda p: p.train("--data", truncated(p)[1]), r"bad\.h5ad"),
+    "log-normalised to train on": (lambda p: p.train("--data", log_normalised(p)[1]), "counts"),
     "no out": (lambda p: ["train", "--config", p.config, "--data", p.store], "--out"),
     "too many processes": (
         lambda p: p.train("--tensor-parallel", "2", "--pipeline-parallel", "2"),
@@ -257,6 +267,12 @@ CASES: dict[str, tuple[Callable[[Place], Words], str]] = {
         "donor 9",
     ),
     "no vocabulary": (lambda p: p.train("data.vocabulary=gc31M"), "gc31M"),
+    "learning rate of zero": (lambda p: p.train("--lr", "0"), "schedule.learning_rate"),
+    "negative step count": (lambda p: p.train("--max-steps=-3"), "loop.max_steps is -3"),
+    "medians into nowhere": (lambda p: ["medians", p.store, "--out", p.folder / "no" / "m.json"], r"no/"),
+    "export over a run": (lambda p: ["export", "--checkpoint", p.run, "--out", p.run], "exists"),
+    "export of nothing": (lambda p: ["export", "--checkpoint", p.folder, "--out", p.folder / "hf"], "manifest"),
+    "info of nothing": (lambda p: ["info", p.folder], "manifest.json"),
     "no GPU": (lambda p: p.train("--device", "cuda"), "cuda"),
     "run in use": (occupied_run, "--resume auto"),
     "resume from nothing": (lambda p: p.train("--resume", p.folder / "nowhere"), "nowhere"),
@@ -307,6 +323,5 @@ def test_one_sentence_and_nothing_written(name: str, place: Place, warm_python: 
     assert ended.code == 2, ended.stderr
     assert len(lines) == 1 and lines[0].startswith("celltron: error: "), ended.stderr
     assert re.search(wanted, lines[0]), lines[0]
-    after = {path: data for path, data in listing(place.folder).items() if not path.startswith("new_run")}
-    assert after == before
-    assert not list(place.folder.rglob("step_*.partial"))
+    # Of a run whose cells could not be converted an empty folder may stay.
+    assert {path: data for path, data in listing(place.folder).items() if path != "new_run"} == before

@@ -192,7 +192,7 @@ def _vocabulary(config: DataConfig, store: CellStore, split: Split) -> tuple[Voc
             return load_published_geneformer(published)
     if not Path(config.vocabulary).is_file():
         raise InputError(
-            f"data.vocabulary is {config.vocabulary!r}, neither store, gc30M, gc95M nor a table's path; choose one of them"
+            f"data.vocabulary is {config.vocabulary!r}, neither store, gc30M, gc95M nor a table's path; choose one"
         )
     return load_vocabulary_table(Path(config.vocabulary))
 

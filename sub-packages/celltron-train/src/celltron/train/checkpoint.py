@@ -40,6 +40,7 @@ from celltron.core import (
     verify_artefact,
     write_atomically,
 )
+from celltron.core.durable import name_file_in_errors
 from celltron.train.distributed_optimizer import allocate_moments, load_distributed_optimizer
 from celltron.train.launch import Launch
 from celltron.train.precision import name_dtype
@@ -53,6 +54,8 @@ STATE_FOLDER = "state"
 # Layers are stored one by one, and the optimizer's state in the parameters' shapes, so that any layout reads both.
 MODEL_METADATA = {"non_homogeneous_layers": True}
 OPTIMIZER_METADATA = {**MODEL_METADATA, "distrib_optim_sharding_type": "fully_reshardable"}
+# What PyTorch says when its archive meets a full disk; what the system said is lost.
+_ARCHIVE_CUT_SHORT = re.compile(r"inline_container\.cc|iostream error")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,8 +191,9 @@ def _write(
 
     do_on_main(launch, lambda: (begin_artefact(final, replace=replace) / STATE_FOLDER).mkdir())
     try:
-        _save_shards(sharded, partial / STATE_FOLDER)
-        do_on_main(launch, finish)
+        with name_file_in_errors(final):
+            _save_shards(sharded, partial / STATE_FOLDER)
+            do_on_main(launch, finish)
     except BaseException:
         if launch.is_main:
             discard_artefact(partial)
@@ -204,16 +208,22 @@ def _save_shards(sharded: dict[str, Any], folder: Path) -> None:
     try:
         dist_checkpointing.save(sharded, str(folder))
     except CheckpointException as error:
-        raise _as_os_error(error, folder.parent) from error
+        rank, cause = _first_failure(error)
+        raise _as_os_error(cause, folder.parent, f"process {rank}") from error
+    except RuntimeError as error:
+        if not _ARCHIVE_CUT_SHORT.search(str(error)):
+            raise
+        raise _as_os_error(error, folder.parent, "the main process") from error
 
 
-def _as_os_error(error: CheckpointException, folder: Path) -> OSError:
-    rank, cause = _first_failure(error)
+def _as_os_error(cause: BaseException, folder: Path, where: str) -> OSError:
     # A writer is a process of its own, from which only the text of its error comes back.
     found = re.search(r"\[Errno (\d+)\]", str(cause))
     number = int(found[1]) if found else errno.EIO
     reason = os.strerror(number) if found else f"{type(cause).__name__}: {cause}"
-    return OSError(number, f"{reason} (on process {rank})", str(folder))
+    if _ARCHIVE_CUT_SHORT.search(reason):
+        reason = "the tensors could not be written to their end, as on a full disk"
+    return OSError(number, f"{reason} (on {where})", str(folder))
 
 
 def _first_failure(error: CheckpointException) -> tuple[int, BaseException]:

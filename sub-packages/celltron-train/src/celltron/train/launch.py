@@ -30,7 +30,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Read RANK, WORLD_SIZE and LOCAL_RANK.
 
     Raises:
-        InputError: some but not all are set, or one is no number.
+        InputError: some but not all are set, one is no number, or the rank is none of the world's.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     found = [name for name in names if name in environment]
@@ -49,6 +49,11 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"the environment's {', '.join(names)} must be whole numbers, but are "
             f"{', '.join(repr(environment[name]) for name in names)}; start the processes with torchrun"
         ) from None
+    if not 0 <= rank < world_size or local_rank < 0:
+        raise InputError(
+            f"the environment sets RANK {rank}, WORLD_SIZE {world_size}, LOCAL_RANK {local_rank}, but ranks are "
+            "numbered from 0 to WORLD_SIZE - 1; start the processes with torchrun"
+        )
     return Launch(rank=rank, world_size=world_size, local_rank=local_rank)
 
 
@@ -73,7 +78,11 @@ def choose_device(device: str, launch: Launch) -> torch.device:
 
 
 def start_process_group(launch: Launch, device: torch.device) -> None:
-    """Join the run's processes (gloo on a CPU, nccl on CUDA) and make Megatron-core fit the device."""
+    """Join the run's processes (gloo on a CPU, nccl on CUDA) and make Megatron-core fit the device.
+
+    Raises:
+        InputError: there are several processes, but not the address where they meet.
+    """
     if device.type == "cpu":
         from celltron.train import cpu
 
@@ -87,5 +96,11 @@ def start_process_group(launch: Launch, device: torch.device) -> None:
     if launch.world_size == 1:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    else:
-        torch.distributed.init_process_group(backend)
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"the environment sets WORLD_SIZE {launch.world_size} but not {', '.join(missing)}; start the processes "
+            "with torchrun, which sets all of them"
+        )
+    torch.distributed.init_process_group(backend)

@@ -19,8 +19,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Whether tensor-parallel processes also split the activations between the matrices along the sequence."""
     distributed_optimizer: bool = False
-    """Whether data-parallel processes split the optimizer's state between them; it is saved in float32, so a run in fp64
-    resumes exactly only without it."""
+    """Whether data-parallel processes split the optimizer's state between them. It is then saved in float32, so a run
+    in fp64 resumes exactly only without it."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline"):
