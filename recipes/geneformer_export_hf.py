@@ -116,7 +116,7 @@ def gather_facts(checkpoint: Path, state: RunState) -> dict[str, object]:
             facts["validation cells"] = f"{int(split['validation']['cells']):,}, set aside by {split['rule']['by']}"
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{split_path} is no manifest of a split; use an undamaged checkpoint") from None
-    validation = find_validation(checkpoint.parent.parent / "metrics.jsonl", state.step)
+    validation = find_validation(checkpoint.resolve().parent.parent / "metrics.jsonl", state.step)
     if validation:
         facts["validation loss, nats a masked gene"] = validation["validation_loss"]
         facts["the same of gene frequencies alone (unigram)"] = validation.get("unigram_loss", "not measured")

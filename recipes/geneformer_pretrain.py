@@ -19,6 +19,7 @@ from celltron.core import (
     ProgressLine,
     config_to_dict,
     config_to_yaml,
+    load_config,
     parse_arguments,
     run_command,
     write_atomically,
@@ -30,7 +31,7 @@ from celltron.models.geneformer import (
     build_geneformer,
     masked_gene_loss,
 )
-from celltron.train.checkpoint import Checkpoints, load_training, read_run_state, verify_checkpoint
+from celltron.train.checkpoint import Checkpoints, find_checkpoint, load_training, read_run_state, verify_checkpoint
 from celltron.train.launch import Launch, choose_device, read_launch, start_process_group
 from celltron.train.loop import Job, LoopConfig, LossFunction, StepBatch, fit
 from celltron.train.metrics import MetricsWriter
@@ -38,10 +39,16 @@ from celltron.train.optimizer import OptimizerConfig, wrap_model
 from celltron.train.parallel import ParallelConfig, data_parallel_place, start_model_parallel
 from celltron.train.precision import DTYPES, Precision
 from celltron.train.schedule import ScheduleConfig
-from celltron.train.together import do_on_main
+from celltron.train.together import do_on_main, do_together
 
+RUN_MARK_NAME = ".celltron-run"
 FLAGS = {
     "--data": "data.paths",
+    "--layer": "data.convert.layer",
+    "--use-raw": "data.convert.use_raw",
+    "--species": "data.convert.species",
+    "--gene-id-column": "data.convert.gene_id_column",
+    "--allow-floats": "data.convert.allow_floats",
     "--out": "out",
     "--resume": "resume",
     "--device": "device",
@@ -73,7 +80,7 @@ class Config:
     """`auto` takes a GPU where PyTorch sees one."""
     precision: Precision = "fp32"
     """Of parameters and activations; bf16 keeps float32 copies in the optimizer, fp64 is for proofs on a CPU."""
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     """Cells and tokens."""
     model: GeneformerConfig = field(default_factory=GeneformerConfig)
     """The model's shape."""
@@ -89,13 +96,22 @@ class Config:
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("out is empty; name a folder for the run, such as --out runs/first")
-        if self.data.max_length > self.model.max_positions:
+        if not self.data.paths:
+            raise ValueError("data.paths is empty; name a store or .h5ad files, such as --data cells.h5ad")
+        longest = -(-self.data.max_length // self.padding_multiple) * self.padding_multiple
+        if longest > self.model.max_positions:
+            padded = f" (padded to {longest})" if longest > self.data.max_length else ""
             raise ValueError(
-                f"data.max_length is {self.data.max_length}, longer than model.max_positions "
+                f"data.max_length is {self.data.max_length}{padded}, longer than model.max_positions "
                 f"({self.model.max_positions}); lower the one or raise the other"
             )
         self.schedule.check_length(self.loop.max_steps)
         self.model.check_layout(tensor_parallel=self.parallel.tensor, pipeline_parallel=self.parallel.pipeline)
+
+    @property
+    def padding_multiple(self) -> int:
+        """What the padded length of a micro-batch is a multiple of: sequence parallelism cuts it into equal parts."""
+        return self.parallel.tensor if self.parallel.sequence_parallel else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,9 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     launch = read_launch()
     device = choose_device(config.device, launch)
     config.loop.num_micro_batches(config.parallel.data(launch.world_size))
+    if config.precision == "fp64" and device.type != "cpu":
+        raise InputError("precision is fp64, which is for proofs on a CPU; give --device cpu, or another --precision")
     start_process_group(launch, device)
     start_model_parallel(config.parallel, seed=config.loop.seed)
     pretrain(config, launch, device)
+    torch.distributed.destroy_process_group()
 
 
 def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
@@ -171,13 +190,39 @@ def claim_folder(config: Config, launch: Launch) -> Path | None:
     checkpoints = Path(config.out) / "checkpoints"
     if config.resume == "auto":
         return Checkpoints(checkpoints, launch=launch).newest()
-    resume_from = Path(config.resume) if config.resume else None
+    resume_from = find_checkpoint(Path(config.resume)) if config.resume else None
     if resume_from is not None:
         do_on_main(launch, lambda: verify_checkpoint(resume_from))
     is_of_this_run = resume_from is not None and resume_from.resolve().parent == checkpoints.resolve()
     if not is_of_this_run and checkpoints.exists() and any(checkpoints.iterdir()):
         raise InputError(f"{config.out} holds a run already; continue it with --resume auto, or choose another --out")
+    do_on_main(launch, lambda: check_folder(Path(config.out)))
     return resume_from
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder in which somebody's files would be overwritten."""
+    if out.exists() and any(out.iterdir()) and not (out / RUN_MARK_NAME).exists():
+        raise InputError(f"{out} holds files that no run made; choose a new folder for --out")
+
+
+def check_same_job(config: Config, resume_from: Path) -> None:
+    """Refuse to continue with other cells, tokens or another model than the checkpoint was trained with.
+
+    Raises:
+        InputError: names the first setting that differs.
+    """
+    saved = load_config(Config, resume_from / "config.yaml")
+    # Where the cells lie, and how a baseline and a loss are measured, does not change what is trained.
+    free = {"paths", "convert", "unigram_cells", "validation_cells"}
+    for section in ("data", "model"):
+        before, now = config_to_dict(getattr(saved, section)), config_to_dict(getattr(config, section))
+        for key in now:
+            if before[key] != now[key] and not (section == "data" and key in free):
+                raise InputError(
+                    f"{section}.{key} is {now[key]!r}, but {resume_from} was trained with {before[key]!r}; continue "
+                    "with that, or start a new run"
+                )
 
 
 def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> Corpus:
@@ -188,24 +233,39 @@ def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> 
     store_path = Path(sources[0]) if is_store else out / "cells.store"
 
     def prepare() -> None:
+        is_fresh = not out.exists() or not any(out.iterdir())
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / RUN_MARK_NAME).touch()
+            prepare_store()
+        except BaseException:
+            if is_fresh:
+                shutil.rmtree(out)
+            raise
+
+    def prepare_store() -> None:
         is_new = not is_store and (resume_from is None or not store_path.exists())
         if is_new:
             options = config_to_dict(config.data.convert)
             report = convert(sources, store_path, replace=True, progress=ProgressLine("converting", "cells"), **options)
             print(report, file=sys.stderr)
+        store = CellStore.open(store_path)
+        if resume_from is None:
+            write_run_files(config, build_corpus(config.data, store, seed=config.loop.seed))
+            return
         try:
-            store = CellStore.open(store_path)
-            if resume_from is None:
-                write_run_files(config, build_corpus(config.data, store, seed=config.loop.seed))
-            else:
-                read_corpus(config.data, store, resume_from)
+            check_same_job(config, resume_from)
+            read_corpus(config.data, store, resume_from)
         except InputError:
             if is_new:
                 shutil.rmtree(store_path)
             raise
 
     do_on_main(launch, prepare)
-    return read_corpus(config.data, CellStore.open(store_path), out if resume_from is None else resume_from)
+    found: list[Corpus] = []
+    folder = out if resume_from is None else resume_from
+    do_together(lambda: found.append(read_corpus(config.data, CellStore.open(store_path), folder)))
+    return found[0]
 
 
 def write_run_files(config: Config, corpus: Corpus) -> None:
@@ -227,9 +287,9 @@ def travelling_files(config: Config, corpus: Corpus, out: Path) -> dict[str, str
 
 def measure_unigram(config: Config, corpus: Corpus, launch: Launch) -> float:
     """The baseline that the validation loss must beat; 0 on processes other than the main one, which print nothing."""
-    if not launch.is_main:
-        return 0.0
-    return corpus.unigram_loss(config.data.masking, seed=config.loop.seed, max_cells=config.data.unigram_cells)
+    losses = [0.0]
+    do_on_main(launch, lambda: losses.append(corpus.unigram_loss(config.data.masking, seed=config.loop.seed)))
+    return losses[-1]
 
 
 class TrainStream:
@@ -275,12 +335,11 @@ def validation_batches(config: Config, corpus: Corpus, device: torch.device) -> 
 
 def make_step_batch(config: Config, corpus: Corpus, batch: Batch, device: torch.device) -> StepBatch:
     """Cut a batch into padded micro-batches of cells of like length."""
-    multiple_of = config.parallel.tensor if config.parallel.sequence_parallel else 1
     pad_id = corpus.tokenizer.vocabulary.pad_id
     micro_batches = []
     num_places = 0
     for part in batch.sorted_by_length().split(config.loop.micro_batch_size):
-        padded = pad_batch(part, pad_id=pad_id, multiple_of=multiple_of)
+        padded = pad_batch(part, pad_id=pad_id, multiple_of=config.padding_multiple)
         places_M = np.flatnonzero(padded.labels_BS != NO_LABEL)
         arrays = {
             "tokens_BS": padded.tokens_BS,
@@ -301,7 +360,7 @@ def describe(config: Config, corpus: Corpus, launch: Launch, unigram_loss: float
     lines = [
         f"{len(corpus.split.train):,} training and {len(corpus.split.validation):,} validation cells, "
         f"split by {config.data.validation_by}; vocabulary of {len(corpus.tokenizer.vocabulary):,} tokens",
-        f"{config.model.num_layers} layers x {config.model.hidden_size} wide on {launch.world_size} processes "
+        f"{config.model.num_layers} layers x {config.model.hidden_size} wide, world size {launch.world_size} "
         f"(tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}), "
         f"{config.precision}, torch layers",
         f"to beat: {unigram_loss:.4f} nats, the cross-entropy of the training cells' gene frequencies (unigram)",

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,10 @@ GIVEN = ["data.paths=a.store", "out=a"]
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_loads(path: Path) -> None:
     config = load_config(PretrainConfig, path, GIVEN)
-    assert config.loop.num_micro_batches(1) > 1
-    assert "--data" in path.read_text().split("\n")[0], "its first line says what must be given"
+    assert config.loop.num_micro_batches(1) >= 1
+    assert config.schedule.warmup_steps < config.loop.max_steps
+    (head,) = re.findall(r"\A(?:#.*\n)+", path.read_text())
+    assert "--data and --out" in head, "its head says what must be given"
 
 
 @pytest.mark.parametrize(

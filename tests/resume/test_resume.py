@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from celltron.cells import convert
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 PROGRAM = Path(__file__).with_name("run_recipe.py")
 RANKS = Path(__file__).parents[1] / "equivalence" / "ranks.py"
@@ -116,15 +116,15 @@ def test_a_run_goes_through_several_epochs_and_ends_inside_one(whole: Path) -> N
     assert state["loader"] == {"seed": 0, "epoch": 2, "position": 10}
 
 
-def random_delay(name: str) -> str:
-    """Up to a tenth of a second: some steps, or the time a checkpoint takes."""
-    return f"{random.Random(name).uniform(0.0, 0.1):.3f}"
+def random_delay(name: str, most_seconds: float) -> str:
+    """The same at every call."""
+    return f"{random.Random(name).uniform(0.0, most_seconds):.4f}"
 
 
-# In this order, each continued from what the one before it left.
+# In this order, each continued from what the one before it left. A step takes 10 ms or more, a checkpoint 50 ms.
 KILLS = [
-    (f"KILL@{random.Random(40).randint(21, 26)}+{random_delay('step')}", -9, "step_00000020"),
-    (f"KILL@save 30+{random_delay('one save')}", -9, None),
+    (f"KILL@{random.Random(40).randint(21, 26)}+{random_delay('step', 0.02)}", -9, "step_00000020"),
+    (f"KILL@save 30+{random_delay('save', 0.05)}", -9, None),
     ("KILL@finish 30", -9, "step_00000020"),
     ("KILL@latest 30", -9, "step_00000030"),
     ("TERM@33", 143, None),

@@ -65,7 +65,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _add_verb(parser: argparse.ArgumentParser, verb: Verb) -> None:
-    parser.add_argument("path", type=Path, help="the folder")
+    parser.add_argument("path", type=Path, help="a store, a checkpoint, or a run, whose newest checkpoint is taken")
     parser.set_defaults(verb=verb)
 
 
@@ -103,6 +103,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
+    options.path = _newest_of_run(options.path)
     if _format_of(options.path) == "celltron-checkpoint":
         from celltron.train.checkpoint import describe_checkpoint
 
@@ -112,6 +113,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    options.path = _newest_of_run(options.path)
     if _format_of(options.path) == "celltron-checkpoint":
         from celltron.train.checkpoint import verify_checkpoint
 
@@ -128,6 +130,15 @@ def _medians(options: argparse.Namespace) -> None:
     medians = compute_medians(store, progress=ProgressLine("medians", "cells"))
     medians.to_json(options.out)
     print(f"{options.out}: non-zero medians of {len(medians):,} genes over {len(store):,} cells")
+
+
+def _newest_of_run(path: Path) -> Path:
+    """A run's newest checkpoint, given the run's folder; any other path is given back."""
+    if not (path / "checkpoints" / "latest").is_file():
+        return path
+    from celltron.train.checkpoint import find_checkpoint
+
+    return find_checkpoint(path)
 
 
 def _format_of(path: Path) -> str:

@@ -57,7 +57,12 @@ def test_unigram_loss_is_the_cross_entropy_of_training_frequencies_on_the_masked
 def test_cross_entropy_by_hand() -> None:
     counts, labels = np.array([1.0, 1.0, 2.0]), np.array([0, 1, 3])
     assert cross_entropy(counts, labels) == pytest.approx((np.log(4) + 3 * np.log(2)) / 4)
-    assert cross_entropy(counts, np.zeros(3, dtype=np.int64)) == 0.0
+
+
+def test_validation_cells_without_a_masked_place_are_refused(store: CellStore) -> None:
+    corpus = build_corpus(config(validation_cells=1), store, seed=3)
+    with pytest.raises(InputError, match="no place of the 1 validation cells is masked"):
+        corpus.unigram_loss(Masking(probability=1e-12), seed=1)
 
 
 def test_published_vocabularies_are_taken_whole(store: CellStore) -> None:
@@ -69,7 +74,12 @@ def test_published_vocabularies_are_taken_whole(store: CellStore) -> None:
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [({"paths": ()}, "data.paths"), ({"max_length": 0}, "data.max_length"), ({"unigram_cells": -1}, "unigram_cells")],
+    [
+        ({"max_length": 0}, "data.max_length"),
+        ({"unigram_cells": -1}, "data.unigram_cells"),
+        ({"validation_cells": -1}, "data.validation_cells"),
+        ({"masking": Masking(probability=0.0)}, "data.masking.probability"),
+    ],
 )
 def test_impossible_settings_are_named(values: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
@@ -79,3 +89,27 @@ def test_impossible_settings_are_named(values: dict[str, object], named: str) ->
 def test_an_unknown_vocabulary_is_named(store: CellStore) -> None:
     with pytest.raises(InputError, match="gc31M"):
         build_corpus(config(vocabulary="gc31M"), store, seed=3)
+
+
+def test_measured_cells_are_drawn_over_the_whole_side_and_stay_the_same(store: CellStore, tmp_path: Path) -> None:
+    settings = config(validation_cells=20, unigram_cells=40)
+    corpus = build_corpus(settings, store, seed=3)
+    corpus.write(tmp_path)
+    again = read_corpus(settings, store, tmp_path)
+    for drawn, side, limit in [
+        (corpus.validation_cells, corpus.split.validation, 20),
+        (corpus.unigram_cells, corpus.split.train, 40),
+    ]:
+        assert len(drawn) == limit and set(drawn) <= set(side) and sorted(drawn) == list(drawn)
+        # Not the first cells of the store, which may all be of one donor.
+        assert drawn[-1] > side[len(side) // 2]
+    np.testing.assert_array_equal(again.validation_cells, corpus.validation_cells)
+    np.testing.assert_array_equal(again.unigram_cells, corpus.unigram_cells)
+
+
+def test_medians_of_a_file_are_taken(store: CellStore, tmp_path: Path) -> None:
+    medians = compute_medians(store)
+    medians.to_json(tmp_path / "medians.json")
+    path = str(tmp_path / "medians.json")
+    assert build_corpus(config(medians=path), store, seed=3).tokenizer.medians == medians
+    assert build_corpus(config(medians=path, vocabulary="gc30M"), store, seed=3).tokenizer.medians == medians

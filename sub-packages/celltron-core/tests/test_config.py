@@ -398,3 +398,29 @@ def test_help_prints_and_exits_with_zero(capsys: pytest.CaptureFixture[str]) -> 
         parse(["--lr", "1", "--help"])
     assert caught.value.code == 0
     assert "optimizer.learning_rate  a number; default 0.001\n      Highest learning rate." in capsys.readouterr().out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Several:
+    paths: tuple[str, ...] | str = ()
+    label: str = ""
+
+
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [
+        (["--data", "a.h5ad"], "a.h5ad"),
+        (["--data", "a.h5ad", "b.h5ad"], ("a.h5ad", "b.h5ad")),
+        (["--data", "a.h5ad", "b.h5ad", "label=x"], ("a.h5ad", "b.h5ad")),
+        (["--data", "a.h5ad", "b.h5ad", "--label", "x"], ("a.h5ad", "b.h5ad")),
+        (["--data=a.h5ad"], "a.h5ad"),
+        (["--data", "[a.h5ad, b.h5ad]"], ("a.h5ad", "b.h5ad")),
+    ],
+)
+def test_a_flag_that_takes_several_words_takes_them(words: list[str], paths: str | tuple[str, ...]) -> None:
+    assert parse_arguments(Several, words, flags={"--data": "paths"}).config.paths == paths
+
+
+def test_a_flag_that_takes_one_word_takes_no_more() -> None:
+    with pytest.raises(InputError, match="'b' is neither"):
+        parse_arguments(Several, ["--label", "a", "b"], flags={})

@@ -16,7 +16,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have another process report a number of failures."""
 
     def report(num_failed: int) -> None:
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda numbers: numbers.add_(num_failed))
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda numbers, group: numbers.add_(num_failed))
 
     return report
 
@@ -61,10 +61,13 @@ def test_other_processes_wait_for_the_main_one(elsewhere: Callable[[int], None])
 def test_a_number_is_found_on_the_main_process_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert share_from_main(Launch(), lambda: -1) == -1
     assert share_from_main(Launch(), lambda: 2**40 + 1) == 2**40 + 1
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda numbers, src: numbers.fill_(7 if src == 0 else 8))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda numbers, src, group: numbers.fill_(7 if src == 0 else 8))
     assert share_from_main(OTHER, lambda: fail(ValueError("never called"))) == 7  # type: ignore[func-returns-value]
 
 
-def test_defects_are_not_caught() -> None:
+def test_defects_are_told_to_the_others_and_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda numbers, group: told.append(int(numbers)))
     with pytest.raises(ZeroDivisionError):
         do_together(lambda: 1 // 0)
+    assert told == [1]

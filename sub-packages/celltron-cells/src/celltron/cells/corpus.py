@@ -3,7 +3,6 @@
 V tokens of the vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,8 +21,10 @@ from celltron.cells.store import CellStore
 from celltron.cells.tokenize import RankTokenizer, count_tokens
 from celltron.core import (
     InputError,
+    KeyedPermutation,
     MedianTable,
     Vocabulary,
+    key_from,
     load_published_geneformer,
     load_vocabulary_table,
 )
@@ -31,6 +32,8 @@ from celltron.core import (
 VOCABULARY_NAME = "vocabulary.json"
 MEDIANS_NAME = "medians.json"
 SPLIT_NAME = "split.json"
+DRAW_STREAM = 4
+"""First word of the keys that draw the measured cells; order, masks and split have others."""
 PUBLISHED: tuple[Literal["gc30M", "gc95M"], ...] = ("gc30M", "gc95M")
 
 
@@ -45,6 +48,8 @@ class DataConfig:
     vocabulary: str = "store"
     """Genes and medians: `store` takes the store's own genes and their medians over the training cells; `gc30M` and
     `gc95M` are Geneformer's published ones; else the path of a table with ensembl_id, token_id and median."""
+    medians: str | None = None
+    """A file that `celltron medians` wrote, whose medians are taken instead of the vocabulary's."""
     with_cls_eos: bool = False
     """Whether a vocabulary of the store's own genes gets <cls> and <eos>, which then frame every cell."""
     max_length: int = 2048
@@ -57,16 +62,19 @@ class DataConfig:
     """Share of the cells set aside for validation."""
     validation_groups: tuple[str, ...] | None = None
     """The groups set aside, by name; null draws groups until the share is reached."""
+    validation_cells: int = 10_000
+    """Cells of those set aside on which the validation loss is measured, drawn once; 0 measures on all."""
     unigram_cells: int = 100_000
-    """Training cells over which gene frequencies are counted for the baseline; 0 counts all."""
+    """Training cells, drawn once, over which gene frequencies are counted for the baseline; 0 counts all."""
 
     def __post_init__(self) -> None:
-        if not self.paths:
-            raise ValueError("data.paths is empty; name a store or .h5ad files, such as --data cells.h5ad")
         if self.max_length < 1:
             raise ValueError(f"data.max_length is {self.max_length}, but must be at least 1")
-        if self.unigram_cells < 0:
-            raise ValueError(f"data.unigram_cells is {self.unigram_cells}, but must not be negative")
+        for name in ("validation_cells", "unigram_cells"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} is {getattr(self, name)}, but must not be negative")
+        if self.masking.probability == 0.0:
+            raise ValueError("data.masking.probability is 0, so there is nothing to predict; raise it, such as to 0.15")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -81,6 +89,10 @@ class Corpus:
     store: CellStore
     tokenizer: RankTokenizer
     split: Split
+    validation_cells: npt.NDArray[np.int64]
+    """Those of the split's validation cells on which the loss is measured, int64, rising."""
+    unigram_cells: npt.NDArray[np.int64]
+    """Those of the split's training cells over which gene frequencies are counted, int64, rising."""
 
     def write(self, folder: Path) -> None:
         """Write vocabulary, medians and split manifest, with which `read_corpus` makes the same corpus again."""
@@ -115,20 +127,20 @@ class Corpus:
     def validation_loader(
         self, masking: Masking, *, cells_per_batch: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> Loader:
-        """One pass over the validation cells in store order, with the same masks every time."""
+        """One pass over the measured validation cells in store order, with the same masks every time."""
         return Loader(
             self.store,
             self.tokenizer,
             cells_per_batch=cells_per_batch,
             seed=seed,
-            cells=self.split.validation,
+            cells=self.validation_cells,
             masking=masking,
             rank=rank,
             world_size=world_size,
             shuffle=False,
         )
 
-    def unigram_loss(self, masking: Masking, *, seed: int, max_cells: int = 0) -> float:
+    def unigram_loss(self, masking: Masking, *, seed: int) -> float:
         """Cross-entropy, in nats, of the training cells' gene frequencies on the masked places of the validation cells.
 
         What a model that knows how common each gene is, and nothing of the cell, would score; one is added to every
@@ -137,10 +149,11 @@ class Corpus:
         Args:
             masking: That of the validation loss it is compared with.
             seed: That of the validation loss it is compared with.
-            max_cells: Training cells to count over, the first of the split; 0 counts all.
+
+        Raises:
+            InputError: no place of the validation cells is masked, so that they have no loss.
         """
-        train = self.split.train[: max_cells or None]
-        counts_V = count_tokens(self.store, self.tokenizer, train).astype(np.float64)
+        counts_V = count_tokens(self.store, self.tokenizer, self.unigram_cells).astype(np.float64)
         vocabulary = self.tokenizer.vocabulary
         counts_V[vocabulary.special_ids] = 0.0
         counts_V[vocabulary.first_gene_id :] += 1.0
@@ -148,14 +161,17 @@ class Corpus:
         with self.validation_loader(masking, cells_per_batch=256, seed=seed) as loader:
             for batch in loader:
                 labels_V += np.bincount(batch.labels[batch.labels != NO_LABEL], minlength=len(vocabulary))
+        if not labels_V.any():
+            raise InputError(
+                f"no place of the {len(self.validation_cells)} validation cells is masked, so they have no loss; raise "
+                "data.validation_fraction"
+            )
         return cross_entropy(counts_V, labels_V)
 
 
 def cross_entropy(counts_V: npt.NDArray[np.float64], labels_V: npt.NDArray[np.int64]) -> float:
-    """Mean of -log p over labels, in nats, where p is proportional to `counts_V`; 0 where there are no labels."""
+    """Mean of -log p over at least one label, in nats, where p is proportional to `counts_V`."""
     seen = labels_V > 0
-    if not seen.any():
-        return 0.0
     log_p = np.log(counts_V[seen]) - np.log(counts_V.sum())
     return float(-(labels_V[seen] * log_p).sum() / labels_V.sum())
 
@@ -170,32 +186,48 @@ def build_corpus(config: DataConfig, store: CellStore, *, seed: int) -> Corpus:
         validation_groups=config.validation_groups,
     )
     vocabulary, medians = _vocabulary(config, store, split)
-    return Corpus(store, _tokenizer(config, store, vocabulary, medians), split)
+    return _assemble(config, store, vocabulary, medians, split)
 
 
 def read_corpus(config: DataConfig, store: CellStore, folder: Path) -> Corpus:
     """The corpus that `Corpus.write` wrote; refuses a store that the split was not made for."""
     vocabulary = Vocabulary.from_json(folder / VOCABULARY_NAME)
     medians = MedianTable.from_json(folder / MEDIANS_NAME)
-    split = Split.read(folder / SPLIT_NAME, store)
-    return Corpus(store, _tokenizer(config, store, vocabulary, medians), split)
+    return _assemble(config, store, vocabulary, medians, Split.read(folder / SPLIT_NAME, store))
+
+
+def _assemble(
+    config: DataConfig, store: CellStore, vocabulary: Vocabulary, medians: MedianTable, split: Split
+) -> Corpus:
+    tokenizer = RankTokenizer(vocabulary, medians, store.gene_ids, max_length=config.max_length)
+    validation_cells = _draw(split.validation, config.validation_cells)
+    return Corpus(store, tokenizer, split, validation_cells, _draw(split.train, config.unigram_cells))
+
+
+def _draw(cells: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.int64]:
+    """At most `limit` of the cells, drawn over all of them, the same ones every time; 0 is no limit."""
+    if not limit or len(cells) <= limit:
+        return cells
+    order = KeyedPermutation(len(cells), key_from(DRAW_STREAM, len(cells)))
+    return np.sort(cells[order(np.arange(limit, dtype=np.int64))])
 
 
 def _vocabulary(config: DataConfig, store: CellStore, split: Split) -> tuple[Vocabulary, MedianTable]:
+    given = MedianTable.from_json(Path(config.medians)) if config.medians is not None else None
     if config.vocabulary == "store":
-        medians = compute_medians(store, cells=split.train)
+        medians = given or compute_medians(store, cells=split.train)
         seen = set(medians.genes)
-        genes: Sequence[str] = [gene for gene in store.gene_ids if gene in seen]
+        genes = [gene for gene in store.gene_ids if gene in seen]
+        if not genes:
+            raise InputError(f"{config.medians} has none of the genes of {store.path}; give medians of its species")
         return Vocabulary.from_genes(genes, with_cls_eos=config.with_cls_eos), medians
     for published in PUBLISHED:
         if config.vocabulary == published:
-            return load_published_geneformer(published)
+            vocabulary, medians = load_published_geneformer(published)
+            return vocabulary, given or medians
     if not Path(config.vocabulary).is_file():
         raise InputError(
             f"data.vocabulary is {config.vocabulary!r}, neither store, gc30M, gc95M nor a table's path; choose one"
         )
-    return load_vocabulary_table(Path(config.vocabulary))
-
-
-def _tokenizer(config: DataConfig, store: CellStore, vocabulary: Vocabulary, medians: MedianTable) -> RankTokenizer:
-    return RankTokenizer(vocabulary, medians, store.gene_ids, max_length=config.max_length)
+    vocabulary, medians = load_vocabulary_table(Path(config.vocabulary))
+    return vocabulary, given or medians

@@ -52,7 +52,9 @@ def compute_medians(
     per_gene = np.zeros(store.num_genes, dtype=np.int64)
     read = 0
     for part, rows in _passes(store, chosen):
-        per_gene += np.bincount(rows.gene_index, minlength=store.num_genes)[: store.num_genes]
+        if len(rows.gene_index) and int(rows.gene_index.max()) >= store.num_genes:
+            raise InputError(f"{store.path} is damaged: it has counts of genes that it does not list; convert it again")
+        per_gene += np.bincount(rows.gene_index, minlength=store.num_genes)
         read += len(part)
         if progress is not None:
             progress(read, 2 * len(chosen))

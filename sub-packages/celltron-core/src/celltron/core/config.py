@@ -226,7 +226,17 @@ def _parse_flag(cls: type, word: str, words: list[str], flags: Mapping[str, str]
     stands_alone = not equals and (not words or words[0].lower() not in ("true", "false"))
     if is_bool(key.annotation) and stands_alone:
         return _Setting(name, True, flag)
-    return _setting(cls, name, _take_value(word, words), flag)
+    setting = _setting(cls, name, _take_value(word, words), flag)
+    more = [] if equals or not takes_value(key.annotation, ["several", "words"]) else _take_more(words)
+    return _Setting(name, [setting.value, *more], flag) if more else setting
+
+
+def _take_more(words: list[str]) -> list[str]:
+    """The further values of a flag that takes several: the words up to the next flag or override."""
+    taken = []
+    while words and not words[0].startswith("-") and not _is_override(words[0], positional_ok=True):
+        taken.append(words.pop(0))
+    return taken
 
 
 def _take_value(word: str, words: list[str]) -> str:

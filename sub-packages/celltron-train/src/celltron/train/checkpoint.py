@@ -1,7 +1,7 @@
 """Checkpoints: written by every process through Megatron's `dist_checkpointing`, complete or not there at all.
 
     <run>/checkpoints/step_00001000/state/        torch_dist shards of parameters and optimizer
-                                    run.json      step, loader state, layout, what the shards need to be read
+                                    run.json      step, loader state, what the shards need to be read
                                     ...           the run's own files: config, vocabulary, medians, split manifest
                                     manifest.json format, version, checksum and length of every file; written last
     <run>/checkpoints/latest                      names the newest complete checkpoint
@@ -208,6 +208,8 @@ def _save_shards(sharded: dict[str, Any], folder: Path) -> None:
     try:
         dist_checkpointing.save(sharded, str(folder))
     except CheckpointException as error:
+        if not error.failures:
+            raise InputError("another process of this run could not write its part; its message says why") from error
         rank, cause = _first_failure(error)
         raise _as_os_error(cause, folder.parent, f"process {rank}") from error
     except RuntimeError as error:

@@ -22,7 +22,7 @@ import torch
 from megatron.core.package_info import __version__ as megatron_version
 from torch.overrides import TorchFunctionMode
 
-TESTED_MEGATRON_VERSIONS = ("0.16.0", "0.16.1")
+TESTED_MEGATRON_VERSIONS = ("0.16.1",)
 CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -77,6 +78,16 @@ def choose_device(device: str, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
+# Others wait for the main process as long as it takes to convert a corpus; a process that dies still ends the wait.
+PATIENCE = timedelta(days=7)
+_patient_groups: list[torch.distributed.ProcessGroup] = []
+
+
+def patient_group() -> torch.distributed.ProcessGroup | None:
+    """The gloo group of all processes that waits long; None is the default group, which does so on a CPU."""
+    return _patient_groups[0] if _patient_groups else None
+
+
 def start_process_group(launch: Launch, device: torch.device) -> None:
     """Join the run's processes (gloo on a CPU, nccl on CUDA) and make Megatron-core fit the device.
 
@@ -96,11 +107,18 @@ def start_process_group(launch: Launch, device: torch.device) -> None:
     if launch.world_size == 1:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        return
+    else:
+        _join(backend, launch)
+    if backend == "nccl":
+        _patient_groups[:] = [torch.distributed.new_group(backend="gloo", timeout=PATIENCE)]
+
+
+def _join(backend: str, launch: Launch) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(
             f"the environment sets WORLD_SIZE {launch.world_size} but not {', '.join(missing)}; start the processes "
             "with torchrun, which sets all of them"
         )
-    torch.distributed.init_process_group(backend)
+    timeout = PATIENCE if backend == "gloo" else None
+    torch.distributed.init_process_group(backend, timeout=timeout)

@@ -171,7 +171,8 @@ def fit(config: LoopConfig, job: Job, *, first_step: int = 1) -> float:
                     validation_loss = _validate(job, step)
             if is_last or stop or (config.save_every and step % config.save_every == 0):
                 with clock.pause():
-                    job.checkpoints.save(_run_state(config, job, step), job.model, job.optimizer)
+                    saved = job.checkpoints.save(_run_state(config, job, step), job.model, job.optimizer)
+                job.metrics.say(f"step {step:>7,}  saved {saved}")
             if stop:
                 job.metrics.say(f"stopped by a signal; step {step:,} is saved, continue with --resume auto")
                 raise SystemExit(128 + (interruption.signal_number or signal.SIGTERM))
@@ -199,7 +200,7 @@ def _refuse_non_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise InputError(
             f"the {name} of step {step} is {value}, no number; continue from the last checkpoint with a lower "
-            "schedule.learning_rate, a longer warm-up or precision fp32"
+            "schedule.learning_rate or a longer warm-up"
         )
 
 

@@ -28,6 +28,11 @@ class ScheduleConfig:
                 f"schedule.minimum_learning_rate is {self.minimum_learning_rate}, but must lie between 0 and "
                 f"schedule.learning_rate ({self.learning_rate})"
             )
+        if self.decay == "constant" and (self.hold_steps or self.minimum_learning_rate):
+            raise ValueError(
+                "schedule.decay is constant, so schedule.hold_steps and schedule.minimum_learning_rate mean nothing; "
+                "leave them out, or choose cosine or linear"
+            )
         for name in ("warmup_steps", "hold_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name} is {getattr(self, name)}, but must not be negative")

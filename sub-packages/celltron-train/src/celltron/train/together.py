@@ -5,22 +5,23 @@ from collections.abc import Callable
 import torch
 
 from celltron.core import InputError
-from celltron.train.launch import Launch
+from celltron.train.launch import Launch, patient_group
 
 
 def do_together(action: Callable[[], object]) -> None:
     """Do something on every process and wait for all.
 
     Raises:
-        InputError, OSError: what `action` raised here; where it failed on another process only, an InputError says so.
+        InputError: `action` failed on another process only.
+        Exception: what `action` raised here.
     """
-    failure: OSError | InputError | None = None
+    failure: Exception | None = None
     try:
         action()
-    except (OSError, InputError) as error:
+    except Exception as error:
         failure = error
-    num_failed = torch.tensor([int(failure is not None)], dtype=torch.int64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(num_failed)
+    num_failed = torch.tensor([int(failure is not None)], dtype=torch.int64)
+    torch.distributed.all_reduce(num_failed, group=patient_group())
     if failure is not None:
         raise failure
     if int(num_failed.item()):
@@ -31,7 +32,7 @@ def do_on_main(launch: Launch, action: Callable[[], object]) -> None:
     """Do something on the main process while the others wait.
 
     Raises:
-        InputError, OSError: as `do_together`.
+        Exception: as `do_together`.
     """
     do_together(action if launch.is_main else lambda: None)
 
@@ -40,9 +41,9 @@ def share_from_main(launch: Launch, find: Callable[[], int]) -> int:
     """Find a number on the main process and tell it to all.
 
     Raises:
-        InputError, OSError: as `do_together`.
+        Exception: as `do_together`.
     """
-    found = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
+    found = torch.zeros(1, dtype=torch.int64)
     do_on_main(launch, lambda: found.fill_(find()))
-    torch.distributed.broadcast(found, src=0)
+    torch.distributed.broadcast(found, src=0, group=patient_group())
     return int(found.item())
