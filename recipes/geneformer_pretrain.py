@@ -189,7 +189,10 @@ def claim_folder(config: Config, launch: Launch) -> Path | None:
     """Make sure that the run's folder is ours, and find the checkpoint to continue from, if any."""
     checkpoints = Path(config.out) / "checkpoints"
     if config.resume == "auto":
-        return Checkpoints(checkpoints, launch=launch).newest()
+        newest = Checkpoints(checkpoints, launch=launch).newest()
+        if newest is None:
+            do_on_main(launch, lambda: check_folder(Path(config.out)))
+        return newest
     resume_from = find_checkpoint(Path(config.resume)) if config.resume else None
     if resume_from is not None:
         do_on_main(launch, lambda: verify_checkpoint(resume_from))

@@ -202,6 +202,13 @@ def resume_finished(place: Place) -> Words:
     return ["train", "--config", place.config, "--data", place.store, "--out", place.copy_run(), "--resume", "auto"]
 
 
+def resume_where_no_run_is(place: Place) -> Words:
+    out = place.folder / "mine"
+    out.mkdir()
+    (out / "config.yaml").write_text("years of tuning")
+    return ["train", "--config", place.config, "--data", place.store, "--out", out, "--resume", "auto"]
+
+
 def resume_other_cells(place: Place) -> Words:
     place.write(place.cells[:60].copy())
     run = place.copy_run()
@@ -308,6 +315,7 @@ CASES: dict[str, tuple[Callable[[Place], Words], str]] = {
     "resume from nothing": (lambda p: p.train("--resume", p.folder / "nowhere"), "nowhere"),
     "resume from a store": (lambda p: p.train("--resume", p.store), "celltron-checkpoint"),
     "resume with all damaged": (resume_damaged, r"run\.json"),
+    "resume where no run is": (resume_where_no_run_is, "mine"),
     "resume a finished run": (resume_finished, "max_steps"),
     "resume with other cells": (resume_other_cells, "store"),
 }

@@ -127,10 +127,10 @@ def test_export_of_a_run(celltron: Celltron, tiny_run: Path, tmp_path: Path) -> 
 
 
 def test_another_run_is_not_continued_into_a_run_in_use(
-    celltron: Celltron, tiny_run: Path, tiny_config: Path, tmp_path: Path
+    celltron: Celltron, tiny_run: Path, tmp_path: Path
 ) -> None:
     used = Path(shutil.copytree(tiny_run, tmp_path / "used"))
-    arguments = ["--config", tiny_config, "--data", tiny_run / "cells.store", "--out", used, "--max-steps=8"]
+    arguments = ["--config", tiny_run / "config.yaml", "--out", used, "--max-steps=8"]
     ended = celltron("train", *arguments, "--resume", tiny_run / "checkpoints" / "step_00000002")
     assert ended.code == 2 and "holds a run already" in ended.stderr
     ended = celltron("train", *arguments, "--resume", used / "checkpoints" / "step_00000004")
