@@ -154,13 +154,13 @@ def test_ctrl_c_saves_and_continues(
     succeed(ended)
 
 
-def test_ctrl_c_before_the_first_step_leaves_no_half_store(
+def test_ctrl_c_in_a_conversion_leaves_no_half_store(
     warm_python: Any, tiny_cells: anndata.AnnData, tmp_path: Path
 ) -> None:
     anndata.concat([tiny_cells] * 200, index_unique="-").write_h5ad(tmp_path / "many.h5ad")
     out = tmp_path / "many.store"
     process = warm_python.start("-m", "celltron.cli.main", "convert", tmp_path / "many.h5ad", "--out", out)
-    wait_for(lambda: (tmp_path / ".many.store.partial").exists(), process)
+    wait_for(lambda: (tmp_path / ".many.store.partial" / "shards").exists(), process)
     os.kill(process.pid, signal.SIGINT)
     ended = process.wait()
     assert ended.code == 130 and ended.stderr == "celltron: error: interrupted\n"
