@@ -28,10 +28,21 @@ layering() {
 
 tests() {
     export HF_HUB_OFFLINE=1 # no test may need a network
-    run python -m pytest -q "$@"
-    if [[ $# -eq 0 ]]; then
-        run python -m pytest -q --doctest-modules -o consider_namespace_packages=true src recipes sub-packages/*/src
+    if [[ $# -gt 0 ]]; then
+        run python -m pytest -q "$@"
+        return
     fi
+    # Two at a time, since most machines have two cores.
+    local packages failed=0
+    mkdir -p build
+    python -m pytest -q -p no:cacheprovider sub-packages >build/packages.log 2>&1 &
+    packages=$!
+    run python -m pytest -q tests || failed=1
+    wait "$packages" || failed=1
+    printf '+ python -m pytest -q sub-packages\n' >&2
+    cat build/packages.log
+    run python -m pytest -q --doctest-modules -o consider_namespace_packages=true src recipes sub-packages/*/src || failed=1
+    return "$failed"
 }
 
 stage="${1:-}"

@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from celltron.cells import NO_LABEL, Batch, CellStore, Loader, LoaderState, convert, pad_batch
+from celltron.cells import NO_LABEL, Batch, Loader, LoaderState, convert, open_cells, pad_batch
 from celltron.cells.corpus import Corpus, DataConfig, build_corpus, read_corpus
+from celltron.cells.open_cells import holds_cells, parse_storage
 from celltron.core import (
-    MANIFEST_NAME,
     InputError,
     ProgressLine,
     config_to_dict,
@@ -217,7 +217,7 @@ def check_same_job(config: Config, resume_from: Path) -> None:
     """
     saved = load_config(Config, resume_from / "config.yaml")
     # Where the cells lie, and how a baseline and a loss are measured, does not change what is trained.
-    free = {"paths", "convert", "unigram_cells", "validation_cells"}
+    free = {"paths", "storage", "convert", "cache", "unigram_cells", "validation_cells"}
     for section in ("data", "model"):
         before, now = config_to_dict(getattr(saved, section)), config_to_dict(getattr(config, section))
         for key in now:
@@ -232,8 +232,9 @@ def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> 
     """Convert where needed, split, and make the tokeniser; a resumed run takes both from its checkpoint."""
     out = Path(config.out)
     sources = config.data.sources
-    is_store = len(sources) == 1 and (Path(sources[0]) / MANIFEST_NAME).is_file()
-    store_path = Path(sources[0]) if is_store else out / "cells.store"
+    is_store = all(holds_cells(source) for source in sources)
+    paths = sources if is_store else (str(out / "cells.store"),)
+    storage = parse_storage(config.data.storage)
 
     def prepare() -> None:
         is_fresh = not out.exists() or not any(out.iterdir())
@@ -247,12 +248,13 @@ def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> 
             raise
 
     def prepare_store() -> None:
-        is_new = not is_store and (resume_from is None or not store_path.exists())
+        is_new = not is_store and (resume_from is None or not Path(paths[0]).exists())
         if is_new:
             options = config_to_dict(config.data.convert)
-            report = convert(sources, store_path, replace=True, progress=ProgressLine("converting", "cells"), **options)
+            progress = ProgressLine("converting", "cells")
+            report = convert(sources, paths[0], replace=True, storage=storage, progress=progress, **options)
             print(report, file=sys.stderr)
-        store = CellStore.open(store_path)
+        store = open_cells(paths, storage=storage)
         if resume_from is None:
             write_run_files(config, build_corpus(config.data, store, seed=config.loop.seed))
             return
@@ -261,13 +263,13 @@ def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> 
             read_corpus(config.data, store, resume_from)
         except InputError:
             if is_new:
-                shutil.rmtree(store_path)
+                shutil.rmtree(paths[0])
             raise
 
     do_on_main(launch, prepare)
     found: list[Corpus] = []
     folder = out if resume_from is None else resume_from
-    do_together(lambda: found.append(read_corpus(config.data, CellStore.open(store_path), folder)))
+    do_together(lambda: found.append(read_corpus(config.data, open_cells(paths, storage=storage), folder)))
     return found[0]
 
 

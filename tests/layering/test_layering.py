@@ -252,7 +252,7 @@ BAD_IMPORTS = {
 
 GOOD_IMPORTS = {
     f"{CORE}/a.py": "from __future__ import annotations\nimport json, numpy as np\nfrom .errors import InputError",
-    f"{CELLS}/loader.py": "import torch.utils.data\nfrom celltron.core import errors\nimport celltron.core.genes",
+    f"{CELLS}/torch_dataset.py": "import torch.utils.data\nfrom celltron.core import errors, genes",
     f"{MODELS}/geneformer/huggingface.py": "import transformers\nfrom ..layers import norm\nfrom . import config",
     f"{TRAIN}/b.py": "from megatron import core\nimport megatron.core.optimizer",
     "sub-packages/celltron-models/tests/test_c.py": "import transformers\nimport celltron.models, celltron.core",

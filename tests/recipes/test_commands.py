@@ -154,7 +154,7 @@ def test_ctrl_c_saves_and_continues(
     succeed(ended)
 
 
-def test_ctrl_c_in_a_conversion_leaves_no_half_store(
+def test_ctrl_c_in_a_conversion_and_how_it_goes_on(
     warm_python: Any, tiny_cells: anndata.AnnData, tmp_path: Path
 ) -> None:
     anndata.concat([tiny_cells] * 200, index_unique="-").write_h5ad(tmp_path / "many.h5ad")
@@ -163,8 +163,13 @@ def test_ctrl_c_in_a_conversion_leaves_no_half_store(
     wait_for(lambda: (tmp_path / ".many.store.partial" / "shards").exists(), process)
     os.kill(process.pid, signal.SIGINT)
     ended = process.wait()
-    assert ended.code == 130 and ended.stderr == "celltron: error: interrupted\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["many.h5ad"]
+    assert ended.code == 130
+    sentence = f"interrupted; the same command goes on with {out} from the shards that are complete"
+    assert ended.stderr.endswith(f"celltron: error: {sentence}\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"many.h5ad", ".many.store.partial"}
+    succeed(warm_python.run("-m", "celltron.cli.main", "convert", tmp_path / "many.h5ad", "--out", out))
+    assert {path.name for path in tmp_path.iterdir()} == {"many.h5ad", "many.store"}
+    assert len(CellStore.open(out)) == 97 * 200
 
 
 def wait_for(is_there: Callable[[], bool], process: Any, timeout_seconds: float = 60) -> None:

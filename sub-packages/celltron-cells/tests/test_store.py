@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celltron.cells import CellIndexError, CellStore
-from celltron.cells import store as store_module
 from celltron.core import InputError
 
 
@@ -35,13 +34,6 @@ def test_rows_in_any_order_with_repeats(store: CellStore, counts: np.ndarray, ce
         part = slice(indptr[k], indptr[k + 1])
         assert np.array_equal(gene_index[part], np.flatnonzero(counts[cell]))
         assert np.array_equal(values[part], counts[cell][counts[cell] > 0])
-
-
-def test_few_shards_open_at_a_time(store: CellStore, counts: np.ndarray, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(store_module, "MOST_OPEN_SHARDS", 1)
-    fresh = CellStore.open(store.path)
-    assert fresh.rows([399, 0, 200, 1]).counts.sum() == counts[[399, 0, 200, 1]].sum()
-    assert len(fresh._shards) == 1
 
 
 def test_rows_are_copies(store: CellStore) -> None:
@@ -156,7 +148,7 @@ def test_a_manifest_that_is_no_manifest(fresh_store: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: m.update(version=2),
+        lambda m: m.update(version=3),
         lambda m: m.update(version="1"),
         lambda m: m.update(format="celltron-split"),
         lambda m: m.update(cells=21),

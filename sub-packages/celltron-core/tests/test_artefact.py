@@ -14,10 +14,14 @@ from celltron.core.artefact import (
     begin_artefact,
     discard_artefact,
     finish_artefact,
+    leave_artefact,
+    new_manifest,
     read_manifest,
     verify_artefact,
     write_artefact,
+    write_manifest,
 )
+from celltron.core.durable import HashedFile
 from celltron.core.errors import InputError, run_command
 
 
@@ -184,8 +188,8 @@ def test_a_full_disk_leaves_nothing_half_written(
             if stage == "body":
                 full_disk()
             targets = {
-                "hash": (artefact.hashlib, "file_digest"),
-                "manifest": (Path, "write_text"),
+                "hash": (durable.hashlib, "file_digest"),
+                "manifest": (durable.secrets, "token_hex"),
                 "sync": (durable.os, "fsync"),
                 "rename": (artefact, "_move_into_place"),
             }
@@ -195,7 +199,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     monkeypatch.undo()
     sentence = capsys.readouterr().err
     assert "No space left on device" in sentence and sentence.count("\n") == 1
-    assert str(final) in sentence
+    assert str(final.parent) in sentence
     assert_untouched(final, old)
 
 
@@ -285,3 +289,86 @@ def test_mistakes_of_the_program(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="begin_artefact"):
         finish_artefact(tmp_path / "keep", tmp_path / "a", format="f", version=1)
     assert (tmp_path / "keep").exists()
+
+
+def test_ctrl_c_leaves_what_can_be_gone_on_with(tmp_path: Path) -> None:
+    final = tmp_path / "a"
+    with pytest.raises(KeyboardInterrupt), write_artefact(final, format="f", version=1, resume=True) as writer:
+        (writer.folder / "x").write_text("x")
+        raise KeyboardInterrupt
+    (tmp_path / ".a.partial" / MANIFEST_NAME).write_text("{}")  # as if it had broken off right before the renaming
+    with write_artefact(final, format="f", version=1, resume=True) as writer:
+        assert (writer.folder / "x").read_text() == "x"
+    assert os.listdir(tmp_path) == ["a"]
+    assert list(read_manifest(final, format="f", versions={1})["files"]) == ["x"]
+
+
+def test_an_error_discards_it_unless_it_is_to_be_left(tmp_path: Path) -> None:
+    for leave in (True, False):
+        with pytest.raises(InputError), write_artefact(tmp_path / "a", format="f", version=1, resume=True) as writer:
+            assert not any(writer.folder.iterdir()) or not leave
+            (writer.folder / "x").touch()
+            writer.leave = leave
+            raise InputError("odd")
+        assert os.listdir(tmp_path) == ([".a.partial"] if leave else [])
+
+
+def test_a_folder_that_was_left_can_be_begun_anew(tmp_path: Path) -> None:
+    partial = begin_artefact(tmp_path / "a", resume=True)
+    (partial / "x").touch()
+    leave_artefact(partial)
+    assert list(begin_artefact(tmp_path / "a", resume=True).iterdir()) == [partial / "x"]
+    leave_artefact(partial)
+    assert list(begin_artefact(tmp_path / "a").iterdir()) == []
+
+
+def test_ctrl_c_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artefact, "_move_into_place", interrupt)
+    for resume in (True, False):
+        with pytest.raises(KeyboardInterrupt), write_artefact(tmp_path / "a", format="f", version=1, resume=resume):
+            pass
+        assert os.listdir(tmp_path) == ([".a.partial"] if resume else [])
+
+
+def test_files_hashed_before_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artefact, "hash_file", lambda path: pytest.fail(f"{path} was read"))
+    with write_artefact(tmp_path / "a", format="f", version=1) as writer:
+        with HashedFile(writer.folder / "x") as file:
+            assert file.write(b"12") + file.write(memoryview(b"")) + file.write(bytearray(b"345")) == 5
+            assert file.tell() == 5 and not file.closed
+        assert file.closed
+        writer.files["x"] = file.entry()
+    verify_artefact(tmp_path / "a")
+    with (
+        pytest.raises(AssertionError, match="3 bytes, hashed were 5"),
+        write_artefact(tmp_path / "b", format="f", version=1) as writer,
+    ):
+        (writer.folder / "x").write_text("123")
+        writer.files["x"] = file.entry()
+
+
+def test_what_is_no_part_of_it_is_removed_at_the_end(tmp_path: Path) -> None:
+    with write_artefact(tmp_path / "a", format="f", version=1) as writer:
+        (writer.folder / "work" / "deep").mkdir(parents=True)
+        (writer.folder / "work" / "deep" / "link").symlink_to("/etc/passwd")
+        (writer.folder / "sub" / "work").mkdir(parents=True)
+        (writer.folder / "sub" / "work" / "x").touch()
+        (writer.folder / "note").touch()
+        writer.remove += ["work", "note", "never there"]
+    assert list(read_manifest(tmp_path / "a", format="f", versions={1})["files"]) == ["sub/work/x"]
+    assert sorted(os.listdir(tmp_path / "a")) == [MANIFEST_NAME, "sub"]
+
+
+def test_a_manifest_is_replaced_in_one_step(tmp_path: Path) -> None:
+    final = tmp_path / "a"
+    make(final)
+    old = read_manifest(final, format="test-thing", versions={1})
+    (final / "c.txt").write_text("new")
+    files = {"c.txt": durable.hash_file(final / "c.txt")} | old["files"]
+    write_manifest(final, new_manifest(format="test-thing", version=1, meta={"text": "two"}, files=files))
+    verify_artefact(final)
+    assert text_of(final) == "two" and sorted(os.listdir(final)) == ["b.txt", "c.txt", MANIFEST_NAME, "sub"]
+    assert list(json.loads((final / MANIFEST_NAME).read_text())["files"]) == ["b.txt", "c.txt", "sub/a.bin"]

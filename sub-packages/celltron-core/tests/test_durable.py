@@ -1,14 +1,18 @@
 import errno
+import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from celltron.core import durable
 from celltron.core.durable import (
+    HashedFile,
     exchange_folders,
+    hash_file,
     lock_folder,
     name_file_in_errors,
     sync_folder,
@@ -125,3 +129,43 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     lock = lock_folder(tmp_path)
     assert lock
     os.close(lock)
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with HashedFile(path) as file:
+        assert file.write(b"12") + file.write(memoryview(b"")) + file.write(bytearray(b"345")) == 5
+        assert file.write(np.arange(6, dtype="<u2").reshape(2, 3)) == 12 and file.write(np.empty((0, 3))) == 0
+        file.flush()
+        assert file.tell() == 17 and not file.closed and path.stat().st_size == 17
+    assert file.closed and path.read_bytes() == b"12345" + bytes([0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0])
+    assert file.entry() == hash_file(path) == {"bytes": 17, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def test_a_full_disk_names_the_hashed_file(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    file = HashedFile(Path("/dev/full"))
+    with pytest.raises(OSError) as caught:
+        file.write(b"x" * 100_000)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
+
+
+def test_without_sync_nothing_is_pushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", full_disk)
+    write_atomically(tmp_path / "a", "text", sync=False)
+    assert (tmp_path / "a").read_text() == "text"
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "a", "other")
+    assert (tmp_path / "a").read_text() == "text"
+
+
+def test_folders_that_are_left_out_are_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("work/deep", "sub/work"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x").touch()
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    sync_tree(tmp_path, leave_out=["work"])
+    names = {str(Path(name).relative_to(tmp_path)) for name in synced}
+    assert names == {".", "sub", "sub/work", "sub/work/x"}

@@ -43,15 +43,22 @@ class Batch:
         """Micro-batches of ``num_cells`` cells in order, the last one shorter if it must be."""
         if num_cells < 1:
             raise InputError(f"a micro-batch of {num_cells} cells was asked: wanted 1 or more")
-        ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        parts = []
-        for start in range(0, len(self), num_cells):
-            stop = min(start + num_cells, len(self))
-            flat, rows = slice(ends[start], ends[stop]), slice(start, stop)
-            parts.append(
-                Batch(self.tokens[flat], self.labels[flat], self.lengths[rows], self.cells[rows], self.epochs[rows])
+        return self.split_at([*range(0, len(self), num_cells), len(self)])
+
+    def split_at(self, bounds: npt.ArrayLike) -> "list[Batch]":
+        """The cells between each two of the rising ``bounds``, as views of this batch."""
+        rows = np.asarray(bounds, dtype=np.int64).tolist()
+        ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[rows].tolist()
+        return [
+            Batch(
+                self.tokens[ends[i] : ends[i + 1]],
+                self.labels[ends[i] : ends[i + 1]],
+                self.lengths[rows[i] : rows[i + 1]],
+                self.cells[rows[i] : rows[i + 1]],
+                self.epochs[rows[i] : rows[i + 1]],
             )
-        return parts
+            for i in range(len(rows) - 1)
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

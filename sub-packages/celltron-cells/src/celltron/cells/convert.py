@@ -1,61 +1,39 @@
-"""Files of counts to a CellStore, in bounded memory; what can be checked early is checked before the first row."""
+"""Sources of counts to a CellStore, in bounded memory; a run that breaks off is gone on with by the next."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 
-from celltron.cells.gene_map import ENSEMBL_PREFIX, GeneList, Species, find_genes
-from celltron.cells.h5ad_matrix import RowBlock
-from celltron.cells.ingest_h5ad import HEAD_VALUES, H5adSource, check_cell_ids, describe_bad_value, open_h5ad
-from celltron.cells.map_rows import BadValue, MappedRows, map_rows
-from celltron.cells.obs_schema import ObsSchema
-from celltron.cells.store import FORMAT, VERSION
-from celltron.cells.store_writer import StoreWriter, write_table
-from celltron.core import GeneNames, InputError, write_artefact
+from celltron.cells.convert_plan import Base, Plan, make_plan
+from celltron.cells.convert_plan import ConvertOptions as ConvertOptions
+from celltron.cells.convert_work import WORK, Progress, Workplace, Written, write_shards
+from celltron.cells.ingest.open import expand_sources
+from celltron.cells.ingest.source import SourceOptions
+from celltron.cells.source_pool import SourcePool
+from celltron.cells.store_manifest import FORMAT, VERSION
+from celltron.cells.store_writer import write_tables
+from celltron.cells.threads import num_workers
+from celltron.core import write_artefact
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertOptions:
-    """How counts are read; see `convert`."""
-
-    layer: str | None = None
-    """Layer that holds the counts; null takes X."""
-    use_raw: bool = False
-    """Read `raw`, which has its own genes."""
-    species: Species = "human"
-    """Whose genes the names are."""
-    gene_id_column: str | None = None
-    """Column of var with Ensembl ids or symbols (`var_names` for the row names); null finds it."""
-    obs_columns: Sequence[str] | None = None
-    """Columns of obs to keep; null keeps all."""
-    allow_floats: bool = False
-    """Accept values that are not whole numbers; they are stored as float32."""
-    keep_unmapped: bool = False
-    """Keep genes without an Ensembl id, under the name they have."""
-    shard_cells: int = 65536
-    """Cells in one shard."""
-
-    def __post_init__(self) -> None:
-        if self.species not in ENSEMBL_PREFIX:
-            raise InputError(f"species is {self.species!r}: wanted one of {', '.join(ENSEMBL_PREFIX)}")
-        if self.shard_cells < 1:
-            raise InputError(f"shard_cells is {self.shard_cells}: wanted 1 or more cells in a shard")
+GENE_FILE = "genes.parquet"
+SHOWN_SOURCES = 10
+SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionReport:
     """What a conversion read and wrote; ``str(report)`` is what the command prints.
 
-    ``num_unmapped`` genes (``unmapped_names``: the first of them) have no Ensembl id and held ``unmapped_fraction``
-    of all counts; ``num_summed`` columns fell on the gene of another column of their file and were added to it;
-    ``notes`` names the obs columns that became text.
+    All numbers but ``num_genes`` are of what was written; ``cells_before`` and ``genes_before`` are of the store that
+    was added to. ``num_unmapped`` genes (``unmapped_names``: the first of them) have no Ensembl id and held
+    ``unmapped_fraction`` of all counts; ``num_summed`` columns fell on the gene of another column of their source and
+    were added to it; ``notes`` names the obs columns that became text. ``shards_kept`` shards of ``cells_kept`` cells
+    were there from a broken-off run; ``is_dropped`` says that one with another plan was dropped.
     """
 
     out: str
@@ -71,18 +49,33 @@ class ConversionReport:
     num_summed: int
     notes: list[str]
     seconds: float
+    cells_before: int = 0
+    genes_before: int = 0
+    shards_kept: int = 0
+    cells_kept: int = 0
+    is_dropped: bool = False
 
     def __str__(self) -> str:
-        rate = self.num_cells / max(self.seconds, 1e-9)
+        rate = (self.num_cells - self.cells_kept) / max(self.seconds, 1e-9)
         lines = [
-            f"{self.out}: {self.num_cells:,} cells x {self.num_genes:,} genes, {self.nnz:,} non-zero counts, "
-            f"{self.num_bytes / 1e6:,.1f} MB ({self.num_bytes / max(self.nnz, 1):.2f} bytes a count)",
-            f"read {len(self.sources)} file{'s' * (len(self.sources) != 1)} in {self.seconds:.1f} s ({rate:,.0f} "
+            f"{self._headline()}, {self.nnz:,} non-zero counts, {self.num_bytes / 1e6:,.1f} MB "
+            f"({self.num_bytes / max(self.nnz, 1):.2f} bytes a count)",
+            f"read {len(self.sources)} source{'s' * (len(self.sources) != 1)} in {self.seconds:.1f} s ({rate:,.0f} "
             "cells/s)",
         ]
         lines += [
-            f"  {s['name']}: {s['cells']:,} cells from {s['matrix']}, genes by {s['gene_column']}" for s in self.sources
+            f"  {s['name']}: {s['cells']:,} cells from {s['matrix']}, genes by {s['gene_column']}"
+            for s in self.sources[:SHOWN_SOURCES]
         ]
+        if len(self.sources) > SHOWN_SOURCES:
+            lines.append(f"  and {len(self.sources) - SHOWN_SOURCES:,} more")
+        if self.shards_kept:
+            lines.append(
+                f"went on where a broken-off run stopped: {self.shards_kept:,} shards of {self.cells_kept:,} cells "
+                "were there"
+            )
+        if self.is_dropped:
+            lines.append("dropped what a broken-off run with other sources or options had left")
         if self.num_unmapped:
             some = ", ".join(self.unmapped_names) + (", …" if self.num_unmapped > len(self.unmapped_names) else "")
             done = "kept under their own names" if self.unmapped_kept else "left out"
@@ -96,178 +89,149 @@ class ConversionReport:
             lines.append(f"obs columns stored as text: {', '.join(self.notes)}")
         return "\n".join(lines)
 
+    def _headline(self) -> str:
+        if not self.cells_before:
+            return f"{self.out}: {self.num_cells:,} cells x {self.num_genes:,} genes"
+        return (
+            f"{self.out}: {self.num_cells:,} cells added to {self.cells_before:,}, "
+            f"{self.num_genes - self.genes_before:,} genes to {self.genes_before:,}"
+        )
 
-def convert(  # noqa: PLR0913 - the options a biologist types
-    sources: Sequence[str | Path],
+
+def convert(
+    sources: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    layer: str | None = None,
-    use_raw: bool = False,
-    species: Species = "human",
-    gene_id_column: str | None = None,
-    obs_columns: Sequence[str] | None = None,
-    allow_floats: bool = False,
-    keep_unmapped: bool = False,
-    shard_cells: int = 65536,
     replace: bool = False,
+    workers: int | None = None,
+    storage: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> ConversionReport:
-    """Convert .h5ad files to one CellStore.
+    """Convert sources of counts, of any format, to one CellStore.
 
-    The store's genes are the union of the files' genes in first-seen order; its cells are the files' cells in order.
-    Nothing is left at ``out`` unless all went well; memory grows by some 16 bytes a cell, not with the counts.
+    The store's genes are the union of the sources' genes in first-seen order; its cells are the sources' cells in
+    order. Nothing that opens is at ``out`` unless all went well. A run that is stopped or killed leaves
+    ``.NAME.partial`` beside it, and the same call goes on from the shards that are complete there; the store is the
+    same, byte for byte. Memory grows with the number of workers, and by some 16 bytes a cell of the largest source.
+
+    >>> import tempfile
+    >>> import anndata, numpy, pandas
+    >>> var = pandas.DataFrame(index=["CD3E", "CD8A", "MS4A1"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     data = anndata.AnnData(numpy.array([[1.0, 0.0, 3.0], [0.0, 2.0, 0.0]]), var=var)
+    ...     data.write_h5ad(f"{folder}/a.h5ad")
+    ...     report = convert(f"{folder}/a.h5ad", f"{folder}/a.store", shard_cells=1000)
+    >>> report.num_cells, report.num_genes, report.nnz
+    (2, 3, 3)
 
     Args:
-        sources: .h5ad files.
+        sources: files, folders, patterns or addresses; see `celltron.cells.ingest.open.expand_sources`.
         out: folder to make.
-        layer: layer that holds the counts; X otherwise.
-        use_raw: read ``raw``, which has its own genes.
-        species: whose genes the names are.
-        gene_id_column: column of var with Ensembl ids or symbols, ``var_names`` for the row names; otherwise the one
-            that maps to most genes.
-        obs_columns: columns of obs to keep; all otherwise.
-        allow_floats: accept values that are not whole numbers; they are stored as float32.
-        keep_unmapped: keep genes without an Ensembl id, under the name they have.
-        shard_cells: cells in one shard.
         replace: replace a store at ``out`` once the new one is complete.
-        progress: called with (cells done, cells in all) after each block.
+        workers: shards written at once; None takes one a processor. The store does not depend on it.
+        storage: options for fsspec's file systems of addresses.
+        progress: called with (cells done, cells in all) after each block, in this thread.
+        **options: how counts are read: the fields of `ConvertOptions`, such as ``layer="counts"``.
     """
-    options = ConvertOptions(
-        layer=layer,
-        use_raw=use_raw,
-        species=species,
-        gene_id_column=gene_id_column,
-        obs_columns=obs_columns,
-        allow_floats=allow_floats,
-        keep_unmapped=keep_unmapped,
-        shard_cells=shard_cells,
-    )
-    return _convert(_check_paths(sources), Path(out), options, replace, progress)
-
-
-def _convert(
-    paths: list[Path], out: Path, options: ConvertOptions, replace: bool, progress: Progress | None
-) -> ConversionReport:
     began = time.monotonic()
-    with write_artefact(out, format=FORMAT, version=VERSION, replace=replace) as artefact:
-        plan = _make_plan(paths, options)
-        writer = StoreWriter(artefact.folder, num_genes=len(plan.genes), shard_cells=options.shard_cells)
-        totals = _write_rows(plan, options, writer, artefact.folder, progress)
-        write_table(plan.genes.table(), artefact.folder / "genes.parquet")
-        artefact.meta |= writer.finish(meta=_meta(plan, options, totals))
-        num_bytes = sum(file.stat().st_size for file in artefact.folder.rglob("*") if file.is_file())
+    checked = ConvertOptions(**options)
+    workers = num_workers(workers)
+    out = Path(out)
+    with (
+        tell_how_to_go_on(out),
+        write_artefact(out, format=FORMAT, version=VERSION, replace=replace, resume=True) as artefact,
+    ):
+        place = Workplace(artefact.folder)
+        artefact.leave = place.is_begun  # a slip in the options must not cost the shards that are there
+        with open_pool(sources, checked, place, storage, workers) as pool:
+            plan = make_plan(pool, checked, Base(), workers)
+            is_dropped = place.adopt(plan)
+            artefact.leave = False
+            written = write_shards(plan, pool, place, workers=workers, progress=progress)
+        genes = set_num_cells(plan.genes.table(), written)
+        artefact.files |= written.files(0) | {GENE_FILE: write_tables([genes], artefact.folder / GENE_FILE)}
+        artefact.remove.append(WORK)
+        artefact.meta |= describe(plan, written)
+    num_bytes = sum(entry["bytes"] for entry in artefact.files.values())
+    return make_report(out, plan, written, num_bytes=num_bytes, seconds=time.monotonic() - began, is_dropped=is_dropped)
+
+
+@contextmanager
+def tell_how_to_go_on(out: Path) -> Iterator[None]:
+    """Let Ctrl-C say that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        sentence = f"interrupted; the same command goes on with {out} from the shards that are complete"
+        raise KeyboardInterrupt(sentence) from error
+
+
+@contextmanager
+def open_pool(
+    sources: str | Path | Sequence[str | Path],
+    options: ConvertOptions,
+    place: Workplace,
+    storage: Mapping[str, Any] | None,
+    workers: int,
+) -> Iterator[SourcePool]:
+    """The sources that a user named, for as many threads."""
+    specs = expand_sources([sources] if isinstance(sources, str | Path) else sources, storage)
+    wanted = SourceOptions(layer=options.layer, use_raw=options.use_raw, storage=storage)
+    pool = SourcePool(specs, wanted, place.scratch, most_idle=workers)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def set_num_cells(genes: pa.Table, written: Written) -> pa.Table:
+    """Add the cells that were written to the column ``num_cells`` of the store's whole table of genes."""
+    column = pa.array(genes["num_cells"].to_numpy() + written.num_cells)
+    return genes.set_column(genes.column_names.index("num_cells"), "num_cells", column)
+
+
+def describe(plan: Plan, written: Written) -> dict[str, Any]:
+    """What the manifest says of the shards written."""
+    counts = sum(record.total_counts for record in written.records)
+    return {
+        "cells": plan.num_cells,
+        "genes": len(plan.genes),
+        "nnz": sum(record.nnz for record in written.records),
+        "species": plan.options.species,
+        "sources": plan.sources,
+        "total_counts": counts,
+        "unmapped_genes": len(plan.genes.unmapped),
+        "unmapped_fraction": written.unmapped_counts / counts if counts else 0.0,
+        "summed_columns": plan.genes.num_summed,
+        "gene_file": GENE_FILE,
+        "dtypes": {"indptr": "uint64", **written.types._asdict(), "totals": "float64"},
+        "shards": [record.manifest_entry() for record in written.records],
+    }
+
+
+def make_report(  # noqa: PLR0913
+    out: Path, plan: Plan, written: Written, *, num_bytes: int, seconds: float, is_dropped: bool, cells_before: int = 0
+) -> ConversionReport:
+    """The report of a plan carried out."""
+    meta = describe(plan, written)
     return ConversionReport(
         out=str(out),
-        num_cells=writer.num_cells,
-        num_genes=len(plan.genes),
-        nnz=writer.nnz,
+        num_cells=meta["cells"],
+        num_genes=meta["genes"],
+        nnz=meta["nnz"],
         num_bytes=num_bytes,
         sources=plan.sources,
-        num_unmapped=len(plan.genes.unmapped),
-        unmapped_fraction=totals.unmapped_fraction,
-        unmapped_names=list(plan.genes.unmapped)[:5],
-        unmapped_kept=options.keep_unmapped,
+        num_unmapped=meta["unmapped_genes"],
+        unmapped_fraction=meta["unmapped_fraction"],
+        unmapped_names=list(plan.genes.unmapped)[:SHOWN_NAMES],
+        unmapped_kept=plan.options.keep_unmapped,
         num_summed=plan.genes.num_summed,
         notes=list(plan.obs.notes),
-        seconds=time.monotonic() - began,
+        seconds=seconds,
+        cells_before=cells_before,
+        genes_before=len(plan.base.gene_ids),
+        shards_kept=written.num_kept,
+        cells_kept=written.cells_kept,
+        is_dropped=is_dropped,
     )
-
-
-def _check_paths(sources: Sequence[str | Path]) -> list[Path]:
-    paths = [Path(source) for source in ([sources] if isinstance(sources, (str, Path)) else sources)]
-    if not paths:
-        raise InputError("no source files were given: name at least one .h5ad file")
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise InputError(f"{path} is given twice as a source: name each file once")
-        seen.add(path.resolve())
-    return paths
-
-
-@dataclass(slots=True)
-class _Plan:
-    """What one look at every file tells: genes, columns of obs, and for each file the store's genes of its columns."""
-
-    paths: list[Path]
-    genes: GeneList
-    obs: ObsSchema
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    gene_of_column: list[npt.NDArray[np.int64]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Totals:
-    counts: float = 0.0
-    unmapped: float = 0.0
-
-    @property
-    def unmapped_fraction(self) -> float:
-        return self.unmapped / self.counts if self.counts else 0.0
-
-
-def _make_plan(paths: list[Path], options: ConvertOptions) -> _Plan:
-    names = GeneNames.for_species(options.species)
-    plan = _Plan(
-        paths=paths,
-        genes=GeneList(species=options.species, keep_unmapped=options.keep_unmapped),
-        obs=ObsSchema(wanted=options.obs_columns),
-    )
-    file_names = [path.name for path in paths]
-    for path in paths:
-        with open_h5ad(path, adata_layer=options.layer, use_raw=options.use_raw) as source:
-            genes = find_genes(source.var, path, names, options.species, options.gene_id_column)
-            plan.gene_of_column.append(plan.genes.add(genes, source.var))
-            plan.obs.add(source.obs, path)
-            check_cell_ids(source)
-            _map_block(source, source.head(HEAD_VALUES), plan.gene_of_column[-1], len(plan.genes), options.allow_floats)
-            plan.sources.append(
-                {
-                    "name": path.name if file_names.count(path.name) == 1 else str(path),
-                    "bytes": path.stat().st_size,
-                    "cells": source.obs.num_rows,
-                    "matrix": source.matrix_name,
-                    "gene_column": genes.column,
-                }
-            )
-    return plan
-
-
-def _write_rows(
-    plan: _Plan, options: ConvertOptions, writer: StoreWriter, folder: Path, progress: Progress | None
-) -> _Totals:
-    totals = _Totals()
-    num_cells = sum(int(source["cells"]) for source in plan.sources)
-    for path, entry, gene_of_column in zip(plan.paths, plan.sources, plan.gene_of_column, strict=True):
-        with open_h5ad(path, adata_layer=options.layer, use_raw=options.use_raw) as source:
-            for block in source.blocks(folder / "scratch"):
-                rows = _map_block(source, block, gene_of_column, len(plan.genes), options.allow_floats)
-                writer.append(rows, plan.obs.table(source.obs, entry["name"], block.start, rows.totals))
-                totals.counts += float(rows.totals.sum())
-                totals.unmapped += rows.unmapped_total
-                if progress is not None:
-                    progress(writer.num_cells, num_cells)
-    return totals
-
-
-def _map_block(
-    source: H5adSource, block: RowBlock, gene_of_column: npt.NDArray[np.int64], num_genes: int, allow_floats: bool
-) -> MappedRows:
-    rows = map_rows(
-        block.indptr, block.columns, block.values, gene_of_column, num_genes=num_genes, allow_floats=allow_floats
-    )
-    if isinstance(rows, BadValue):
-        raise InputError(describe_bad_value(source, block, rows))
-    return rows
-
-
-def _meta(plan: _Plan, options: ConvertOptions, totals: _Totals) -> dict[str, Any]:
-    return {
-        "genes": len(plan.genes),
-        "species": options.species,
-        "sources": plan.sources,
-        "total_counts": totals.counts,
-        "unmapped_genes": len(plan.genes.unmapped),
-        "unmapped_fraction": totals.unmapped_fraction,
-        "summed_columns": plan.genes.num_summed,
-    }

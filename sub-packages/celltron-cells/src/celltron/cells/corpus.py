@@ -15,9 +15,10 @@ from celltron.cells.convert import ConvertOptions
 from celltron.cells.loader import Loader
 from celltron.cells.mask import Masking
 from celltron.cells.medians import compute_medians
-from celltron.cells.sampler import LoaderState
+from celltron.cells.order_config import OrderConfig, make_order
+from celltron.cells.reader import CellReader
+from celltron.cells.sampler import LoaderState, Order
 from celltron.cells.split import Split, split_cells
-from celltron.cells.store import CellStore
 from celltron.cells.tokenize import RankTokenizer, count_tokens
 from celltron.core import (
     InputError,
@@ -42,7 +43,10 @@ class DataConfig:
     """Which cells, as which tokens."""
 
     paths: tuple[str, ...] | str = ()
-    """A store folder, or .h5ad files, which are converted to a store in the run's folder first."""
+    """A store, tar shards (also by address), a collection's file, or several stores; or files of counts, which are
+    converted to a store in the run's folder first."""
+    storage: tuple[str, ...] = ()
+    """Options of fsspec's file system, where a path is an address, such as `anon=true`."""
     convert: ConvertOptions = field(default_factory=ConvertOptions)
     """How .h5ad files are read."""
     vocabulary: str = "store"
@@ -54,6 +58,10 @@ class DataConfig:
     """Whether a vocabulary of the store's own genes gets <cls> and <eos>, which then frame every cell."""
     max_length: int = 2048
     """Longest cell in tokens, special ones included; the lowest ranks are cut off."""
+    cache: bool = False
+    """Whether ranked tokens are kept beside the store, so that later epochs and runs need not rank again."""
+    order: OrderConfig = field(default_factory=OrderConfig)
+    """Which training cells come when."""
     masking: Masking = field(default_factory=Masking)
     """How places are masked."""
     validation_by: str = "cell"
@@ -62,6 +70,10 @@ class DataConfig:
     """Share of the cells set aside for validation."""
     validation_groups: tuple[str, ...] | None = None
     """The groups set aside, by name; null draws groups until the share is reached."""
+    test_fraction: float = 0.0
+    """Share of the cells kept from both training and validation, for a test at the end."""
+    test_groups: tuple[str, ...] | None = None
+    """The groups kept for the test, by name; null draws groups until the share is reached."""
     validation_cells: int = 10_000
     """Cells of those set aside on which the validation loss is measured, drawn once; 0 measures on all."""
     unigram_cells: int = 100_000
@@ -86,7 +98,8 @@ class DataConfig:
 class Corpus:
     """A store, its tokeniser and its split."""
 
-    store: CellStore
+    config: DataConfig
+    store: CellReader
     tokenizer: RankTokenizer
     split: Split
     validation_cells: npt.NDArray[np.int64]
@@ -116,13 +129,32 @@ class Corpus:
             self.tokenizer,
             cells_per_batch=cells_per_batch,
             seed=seed,
-            cells=self.split.train,
+            order=self.order(cells_per_batch=cells_per_batch, seed=seed),
             masking=masking,
             epochs=None,
             rank=rank,
             world_size=world_size,
             state=state,
+            cache=self.config.cache,
         )
+
+    def order(self, *, cells_per_batch: int, seed: int) -> Order:
+        """The order of the training cells that the config asks for."""
+        return make_order(
+            self.config.order,
+            self.store,
+            self.split.train,
+            self._lengths_of,
+            cells_per_batch=cells_per_batch,
+            seed=seed,
+        )
+
+    def _lengths_of(self, cells: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of cells, from how many genes they have; those without a token are few and are counted too."""
+        lengths = np.zeros(len(cells), dtype=np.int64)
+        for part in self.store.locate(cells):
+            lengths[part.slots] = part.sizes
+        return np.minimum(lengths, self.tokenizer.max_length)
 
     def validation_loader(
         self, masking: Masking, *, cells_per_batch: int, seed: int, rank: int = 0, world_size: int = 1
@@ -176,7 +208,7 @@ def cross_entropy(counts_V: npt.NDArray[np.float64], labels_V: npt.NDArray[np.in
     return float(-(labels_V[seen] * log_p).sum() / labels_V.sum())
 
 
-def build_corpus(config: DataConfig, store: CellStore, *, seed: int) -> Corpus:
+def build_corpus(config: DataConfig, store: CellReader, *, seed: int) -> Corpus:
     """Split the store's cells and make the tokeniser, its medians from the training cells only."""
     split = split_cells(
         store,
@@ -184,12 +216,16 @@ def build_corpus(config: DataConfig, store: CellStore, *, seed: int) -> Corpus:
         validation_fraction=config.validation_fraction,
         seed=seed,
         validation_groups=config.validation_groups,
+        test_fraction=config.test_fraction,
+        test_groups=config.test_groups,
     )
     vocabulary, medians = _vocabulary(config, store, split)
-    return _assemble(config, store, vocabulary, medians, split)
+    corpus = _assemble(config, store, vocabulary, medians, split)
+    corpus.order(cells_per_batch=1, seed=seed)  # an order that cannot be is refused before a run begins
+    return corpus
 
 
-def read_corpus(config: DataConfig, store: CellStore, folder: Path) -> Corpus:
+def read_corpus(config: DataConfig, store: CellReader, folder: Path) -> Corpus:
     """The corpus that `Corpus.write` wrote; refuses a store that the split was not made for."""
     vocabulary = Vocabulary.from_json(folder / VOCABULARY_NAME)
     medians = MedianTable.from_json(folder / MEDIANS_NAME)
@@ -197,11 +233,11 @@ def read_corpus(config: DataConfig, store: CellStore, folder: Path) -> Corpus:
 
 
 def _assemble(
-    config: DataConfig, store: CellStore, vocabulary: Vocabulary, medians: MedianTable, split: Split
+    config: DataConfig, store: CellReader, vocabulary: Vocabulary, medians: MedianTable, split: Split
 ) -> Corpus:
     tokenizer = RankTokenizer(vocabulary, medians, store.gene_ids, max_length=config.max_length)
     validation_cells = _draw(split.validation, config.validation_cells)
-    return Corpus(store, tokenizer, split, validation_cells, _draw(split.train, config.unigram_cells))
+    return Corpus(config, store, tokenizer, split, validation_cells, _draw(split.train, config.unigram_cells))
 
 
 def _draw(cells: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.int64]:
@@ -212,14 +248,14 @@ def _draw(cells: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.int64]:
     return np.sort(cells[order(np.arange(limit, dtype=np.int64))])
 
 
-def _vocabulary(config: DataConfig, store: CellStore, split: Split) -> tuple[Vocabulary, MedianTable]:
+def _vocabulary(config: DataConfig, store: CellReader, split: Split) -> tuple[Vocabulary, MedianTable]:
     given = MedianTable.from_json(Path(config.medians)) if config.medians is not None else None
     if config.vocabulary == "store":
         medians = given or compute_medians(store, cells=split.train)
         seen = set(medians.genes)
         genes = [gene for gene in store.gene_ids if gene in seen]
         if not genes:
-            raise InputError(f"{config.medians} has none of the genes of {store.path}; give medians of its species")
+            raise InputError(f"{config.medians} has none of the genes of {store.name}; give medians of its species")
         return Vocabulary.from_genes(genes, with_cls_eos=config.with_cls_eos), medians
     for published in PUBLISHED:
         if config.vocabulary == published:

@@ -10,9 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from celltron.cells.compiled import compiled
+from celltron.cells.ingest.source import RowBlock
 
 FINE, NEGATIVE, NOT_FINITE, NOT_INTEGER, TOO_LARGE, BAD_COLUMN = range(6)
-LARGEST_EXACT = 2.0**53
+LARGEST_EXACT = 2.0**53 - 1.0
+COUNT_DTYPES = ("uint8", "uint16", "uint32", "uint64", "float32")
+"""Types of counts, each wider than those before; a fraction needs the last."""
+INDEX_DTYPES = ("uint16", "uint32")
 
 
 def index_dtype(num_genes: int) -> str:
@@ -20,22 +24,42 @@ def index_dtype(num_genes: int) -> str:
     return "uint16" if num_genes <= 1 << 16 else "uint32"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MappedRows:
-    """Rows in the store's genes: strictly rising gene indices in each row, values above zero.
+def count_dtype(largest: float, *, is_whole: bool) -> str:
+    """The smallest unsigned type that holds whole numbers up to ``largest``; float32 where they are not whole."""
+    if not is_whole:
+        return "float32"
+    return next(name for name in COUNT_DTYPES[:-1] if largest <= np.iinfo(name).max)
 
-    ``indptr`` int64 [C+1]; ``genes`` uint16 or uint32 and ``values`` float64, one for each value kept; ``totals``
-    float64 [C], the sum over all columns of the source row, unmapped ones too; ``unmapped_total`` is the part of them
-    that no gene took; ``largest`` is the largest value, ``is_whole`` says that none has a fraction.
+
+class Types(NamedTuple):
+    """The types of gene indices and counts, by name."""
+
+    indices: str = INDEX_DTYPES[0]
+    counts: str = COUNT_DTYPES[0]
+
+
+def widest(first: Types, second: Types) -> Types:
+    """The smaller of the types that hold what both hold; whole counts among fractions become float32."""
+    return Types(
+        max(first.indices, second.indices, key=INDEX_DTYPES.index),
+        max(first.counts, second.counts, key=COUNT_DTYPES.index),
+    )
+
+
+class MappedRows(NamedTuple):
+    """Rows in the store's genes: strictly rising gene indices in each row, counts above zero.
+
+    ``ends`` int64 [C], where each row ends; ``genes`` int32 and ``counts`` float64, one for each value kept; ``totals``
+    float64 [C], the sum over all columns of the source row, unmapped ones too; ``unmapped`` is the part of them that no
+    gene took; ``types`` are the smallest that hold genes and counts.
     """
 
-    indptr: npt.NDArray[np.int64]
-    genes: npt.NDArray[Any]
-    values: npt.NDArray[np.float64]
+    ends: npt.NDArray[np.int64]
+    genes: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.float64]
     totals: npt.NDArray[np.float64]
-    unmapped_total: float
-    largest: float
-    is_whole: bool
+    unmapped: float
+    types: Types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,18 +71,50 @@ class BadValue:
     place: int
 
 
-class _Rows(NamedTuple):
+class _Block(NamedTuple):
     indptr: npt.NDArray[np.int64]
-    places: npt.NDArray[Any]
+    columns: npt.NDArray[Any]
     values: npt.NDArray[Any]
+    gene_of_column: npt.NDArray[np.int32]
 
 
-class _Scratch(NamedTuple):
-    """One gene each: a sum, and whether the gene is in the row; ``seen_words`` is ``seen``, eight genes at a look."""
+class _Rows(NamedTuple):
+    """As in `MappedRows`, with room for all values of the block."""
+
+    ends: npt.NDArray[np.int64]
+    genes: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.float64]
+    totals: npt.NDArray[np.float64]
+
+
+class _Result(NamedTuple):
+    """What a kernel met: a problem with its row and place, or none, and then the sum that no gene took."""
+
+    problem: int
+    row: int
+    place: Any
+    unmapped: float
+    is_whole: bool
+
+
+class Room(NamedTuple):
+    """A sum for each gene, and a bit for each gene that is in the row; ``bit_of`` finds the place of a lone bit."""
 
     sums: npt.NDArray[np.float64]
-    seen: npt.NDArray[np.uint8]
-    seen_words: npt.NDArray[np.uint64]
+    seen: npt.NDArray[np.uint64]
+    bit_of: npt.NDArray[np.int64]
+
+
+LONE_BIT = np.uint64(0x03F79D71B4CB0A89)
+"""A De Bruijn sequence: the six bits on top of ``LONE_BIT << n`` differ for every n below 64."""
+
+
+def make_room(num_genes: int) -> Room:
+    """What `map_rows` works in, sums and bits zero before and after; one for each thread."""
+    bit_of = np.empty(64, dtype=np.int64)
+    bits = np.arange(64, dtype=np.uint64)
+    bit_of[(LONE_BIT << bits) >> np.uint64(58)] = bits
+    return Room(np.zeros(num_genes, dtype=np.float64), np.zeros(num_genes // 64 + 1, dtype=np.uint64), bit_of)
 
 
 @compiled
@@ -67,128 +123,143 @@ def _problem_of(value: float, allow_floats: bool) -> int:
         return NOT_FINITE
     if value < 0.0:
         return NEGATIVE
-    if not allow_floats and value != np.floor(value):
-        return NOT_INTEGER
+    if value != np.floor(value):
+        return FINE if allow_floats else NOT_INTEGER
     return TOO_LARGE if value > LARGEST_EXACT else FINE
 
 
 @compiled
-def _order_row(genes: npt.NDArray[Any], values: npt.NDArray[np.float64], begin: int, end: int, room: _Scratch) -> int:
-    """Order a row by gene and add up what falls on one gene; returns its new end."""
-    sums, seen, seen_words = room
-    for k in range(begin, end):
-        sums[genes[k]] += values[k]
-        seen[genes[k]] = 1
-    end = begin
-    for word in range(seen_words.shape[0]):
-        if seen_words[word] != 0:
-            for gene in range(word * 8, word * 8 + 8):
-                if seen[gene] != 0:
-                    genes[end], values[end] = gene, sums[gene]
-                    sums[gene], seen[gene] = 0.0, 0
-                    end += 1
-    return end
+def _sum_row(source: _Block, row: int, room: Room, out: _Rows, end: Any) -> tuple[int, Any, bool]:
+    """Order a row by gene and add up what falls on one gene; its values have been checked one by one.
+
+    Returns:
+        The problem, the row's new end, and whether all its counts are whole.
+    """
+    sums, seen, bit_of = room
+    one = np.uint64(1)
+    problem, is_whole = FINE, True
+    for place in range(np.uint64(source.indptr[row]), np.uint64(source.indptr[row + 1])):
+        gene: Any = np.int64(source.gene_of_column[np.uint64(source.columns[place])])
+        if gene >= 0 and source.values[place] != 0:
+            sums[np.uint64(gene)] += source.values[place]
+            seen[np.uint64(gene >> 6)] |= one << np.uint64(gene & 63)
+    for word in range(seen.shape[0]):
+        bits = seen[word]
+        while bits != 0:
+            lone = bits & (~bits + one)
+            bits ^= lone
+            gene = word * 64 + bit_of[(lone * LONE_BIT) >> np.uint64(58)]
+            value = sums[gene]
+            sums[gene] = 0.0
+            if value > LARGEST_EXACT:
+                problem = TOO_LARGE
+            if np.float32(value) != 0.0:
+                is_whole = is_whole and value == np.floor(value)
+                out.genes[end], out.counts[end] = gene, value
+                end += one
+        seen[word] = 0
+    return problem, end, is_whole
 
 
 @compiled
-def _map_rows_kernel(
-    source: _Rows,
-    gene_of_column: npt.NDArray[np.int64],
-    num_genes: int,
-    allow_floats: bool,
-    out: _Rows,
-    totals: npt.NDArray[np.float64],
-) -> tuple[int, int, int, float]:
-    """Fill ``out`` and ``totals``; returns the problem, its row and place, and the unmapped sum."""
-    indptr, columns, values = source
-    out_indptr, out_genes, out_values = out
-    seen = np.zeros((num_genes + 7) // 8 * 8, dtype=np.uint8)
-    room = _Scratch(np.zeros(num_genes, dtype=np.float64), seen, seen.view(np.uint64))
-    unmapped_total = 0.0
-    end = 0
+def _map_rows(source: _Block, allow_floats: bool, room: Room, out: _Rows) -> _Result:
+    """Fill ``out``."""
+    indptr, columns, values, gene_of_column = source
+    genes, counts = out.genes, out.counts
+    unmapped = 0.0
+    all_whole: Any = True
+    end: Any = np.uint64(0)  # unsigned: numba need not ask whether it counts from the back
     for row in range(indptr.shape[0] - 1):
         begin = end
         total = 0.0
-        last = np.int64(-1)
-        is_sorted = True
-        for place in range(indptr[row], indptr[row + 1]):
+        last: Any = np.int64(-1)
+        is_sorted: Any = True
+        is_whole: Any = True
+        for place in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
             column = columns[place]
             if column < 0 or column >= gene_of_column.shape[0]:
-                return BAD_COLUMN, row, place, 0.0
-            value = np.float64(values[place])
+                return _Result(BAD_COLUMN, row, np.int64(place), 0.0, True)
+            value: Any = np.float64(values[place])
             if value == 0.0:
                 continue
-            problem = _problem_of(value, allow_floats)
-            if problem != FINE:
-                return problem, row, place, 0.0
+            gene: Any = np.int64(gene_of_column[np.uint64(column)])
+            if not (1.0 <= value <= LARGEST_EXACT and value == np.float64(np.int64(value))):
+                problem = _problem_of(value, allow_floats)
+                if problem != FINE:
+                    return _Result(problem, row, np.int64(place), 0.0, True)
+                if np.float32(value) == 0.0:  # too small to be stored
+                    gene = np.int64(-1)
+                is_whole = is_whole and gene < 0
             total += value
-            gene = gene_of_column[column]
             if gene < 0:
-                unmapped_total += value
-                continue
-            is_sorted = is_sorted and gene > last
-            last = gene
-            out_genes[end], out_values[end] = gene, value
-            end += 1
+                unmapped += value
+            else:
+                is_sorted = is_sorted and gene > last
+                last = gene
+                genes[end], counts[end] = gene, value
+                end += np.uint64(1)
         if not is_sorted:
-            end = _order_row(out_genes, out_values, begin, end, room)
-        out_indptr[row + 1] = end
-        totals[row] = total
-    return FINE, 0, 0, unmapped_total
+            problem, end, is_whole = _sum_row(source, row, room, out, begin)
+            if problem != FINE:
+                return _Result(problem, row, np.int64(indptr[row]), 0.0, True)
+        all_whole = all_whole and is_whole
+        out.ends[row] = end
+        out.totals[row] = total
+    return _Result(FINE, 0, np.int64(0), unmapped, all_whole)
 
 
 @compiled
-def _extremes(values: npt.NDArray[np.float64]) -> tuple[float, bool]:
-    """The largest value and whether all are whole."""
-    largest, is_whole = 0.0, True
-    for value in values:
-        largest = max(largest, value)
-        is_whole &= value == np.floor(value)
-    return largest, is_whole
+def count_genes(genes: npt.NDArray[np.int32], num_cells: npt.NDArray[np.int64]) -> None:
+    """Count in ``num_cells`` [G] the rows in which each gene is; ``genes`` has a gene once a row."""
+    for gene in genes:
+        num_cells[gene] += 1
 
 
 def map_rows(
-    indptr: npt.NDArray[np.int64],
-    columns: npt.NDArray[np.integer],
-    values: npt.NDArray[np.generic],
-    gene_of_column: npt.NDArray[np.int64],
-    *,
-    num_genes: int,
-    allow_floats: bool = False,
+    block: RowBlock, gene_of_column: npt.NDArray[np.int32], room: Room, *, allow_floats: bool = False
 ) -> MappedRows | BadValue:
     """Check every value and add up the columns that fall on one gene.
 
+    Explicit zeros are dropped, and what float32 holds as zero.
+
     Args:
-        indptr: int64 [C+1], starting at 0.
-        columns: [N] column of the source of each stored value, in any order, repeats allowed (they add up).
-        values: [N] the stored values; explicit zeros are dropped.
-        gene_of_column: int64 [K], the store's gene of a column, -1 where it has none.
-        num_genes: G.
+        block: columns in any order, repeats allowed (they add up).
+        gene_of_column: int32 [K], the store's gene of a column, -1 where it has none.
+        room: from `make_room`.
         allow_floats: Accept values that are not whole numbers.
     """
-    columns = columns if columns.dtype == np.int32 else columns.astype(np.int64, copy=False)
-    values = (
-        values if values.dtype in (np.dtype(np.float32), np.dtype(np.int64)) else values.astype(np.float64, copy=False)
-    )
-    num_rows = len(indptr) - 1
+    source = _Block(block.indptr, _as_columns(block.columns), _as_values(block.values), gene_of_column)
+    size, num_rows = len(source.columns), len(block.indptr) - 1
     out = _Rows(
-        np.zeros(num_rows + 1, dtype=np.int64),
-        np.empty(len(columns), dtype=index_dtype(num_genes)),
-        np.empty(len(columns), dtype=np.float64),
+        np.zeros(num_rows, dtype=np.int64),
+        np.empty(size, dtype=np.int32),
+        np.empty(size, dtype=np.float64),
+        np.zeros(num_rows, dtype=np.float64),
     )
-    totals = np.zeros(num_rows, dtype=np.float64)
-    source = _Rows(indptr, columns, values)
-    problem, row, place, unmapped_total = _map_rows_kernel(source, gene_of_column, num_genes, allow_floats, out, totals)
-    if problem != FINE:
-        return BadValue(problem=problem, row=row, place=place)
-    end = out.indptr[-1]
-    largest, is_whole = _extremes(out.values[:end])
-    return MappedRows(
-        indptr=out.indptr,
-        genes=out.places[:end],
-        values=out.values[:end],
-        totals=totals,
-        unmapped_total=unmapped_total,
-        largest=largest,
-        is_whole=is_whole,
+    found = _map_rows(source, allow_floats, room, out)
+    if found.problem != FINE:
+        return BadValue(problem=found.problem, row=found.row, place=int(found.place))
+    end = int(out.ends[-1]) if num_rows else 0
+    genes, counts = out.genes[:end], out.counts[:end]
+    types = Types(
+        index_dtype(int(genes.max(initial=0)) + 1),
+        count_dtype(float(counts.max(initial=0.0)), is_whole=found.is_whole),
     )
+    return MappedRows(out.ends, genes, counts, out.totals, found.unmapped, types)
+
+
+def check_values(block: RowBlock, num_columns: int, *, allow_floats: bool) -> BadValue | None:
+    """The first value of a block that is not a count, if there is one."""
+    nowhere = np.full(num_columns, -1, dtype=np.int32)
+    found = map_rows(block, nowhere, make_room(0), allow_floats=allow_floats)
+    return found if isinstance(found, BadValue) else None
+
+
+def _as_columns(columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return columns if columns.dtype == np.int32 else columns.astype(np.int64, copy=False)
+
+
+def _as_values(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Few types, so that few kernels are compiled: float32 where it holds every value of the type, else float64."""
+    is_exact = np.can_cast(values.dtype, np.float32, "safe")
+    return values.astype(np.float32 if is_exact else np.float64, copy=False)

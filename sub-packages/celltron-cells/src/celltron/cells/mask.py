@@ -4,22 +4,21 @@ T tokens of all cells, C cells.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from celltron.cells.batch import NO_LABEL
 from celltron.cells.compiled import compiled
+from celltron.cells.memory import address_of, array_at, like
+from celltron.cells.sampler_kernel import bits_at
+from celltron.cells.token_rows import TokenRows
 from celltron.core import InputError, Vocabulary, keys_from
 
 MASK_STREAM = 2
 """First word of the masks' keys; see `celltron.cells.sampler.ORDER_STREAM`."""
 DRAWS_PER_PLACE = 3
-
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,58 +55,107 @@ class _Ids(NamedTuple):
     mask: int
 
 
-class _Shares(NamedTuple):
-    probability: float
-    mask_share: float
-    random_share: float
+@compiled
+def _copy_and_draw(
+    source: npt.NDArray[Any],
+    seen: npt.NDArray[np.int32],
+    labels: npt.NDArray[np.int32],
+    is_chosen: npt.NDArray[np.uint8],
+    key: np.uint64,
+    below: np.uint64,
+    first_gene: int,
+) -> None:
+    """Copy a cell, no place labelled, and draw which of its gene tokens are selected."""
+    for i in range(source.shape[0]):
+        seen[i] = source[i]
+        labels[i] = NO_LABEL
+    for i in range(source.shape[0]):
+        is_below = bits_at(key, i * DRAWS_PER_PLACE) >> np.uint64(11) < below
+        is_chosen[i] = np.uint8(is_below & (np.int64(source[i]) >= first_gene))
 
 
 @compiled
-def _bits(key: np.uint64, counter: int) -> np.uint64:
-    """`celltron.core.uniform_bits` of one counter."""
-    z = key + (np.uint64(counter) + np.uint64(1)) * _GAMMA
-    z = (z ^ (z >> np.uint64(30))) * _MULTIPLIER_1
-    z = (z ^ (z >> np.uint64(27))) * _MULTIPLIER_2
-    return z ^ (z >> np.uint64(31))
+def _list_chosen(is_chosen: npt.NDArray[np.uint8], places: npt.NDArray[np.uint32]) -> int:
+    """Write down the places that are selected; returns their number."""
+    num = np.uint64(0)
+    for i in range(is_chosen.shape[0]):  # without a branch, which could not be predicted
+        places[num] = np.uint32(i)
+        num += np.uint64(is_chosen[i])
+    return int(num)
+
+
+@compiled
+def _hide(
+    places: npt.NDArray[np.uint32],
+    seen: npt.NDArray[np.int32],
+    labels: npt.NDArray[np.int32],
+    key: np.uint64,
+    ids: _Ids,
+    mask_share: float,
+    mask_or_random_share: float,
+) -> None:
+    """Label the selected places of a cell, and show there the mask token, a random gene, or the gene itself."""
+    unit = 2.0**-53
+    for place in places:
+        counter = int(place) * DRAWS_PER_PLACE
+        token = seen[place]
+        labels[place] = token
+        fate = np.float64(bits_at(key, counter + 1) >> np.uint64(11)) * unit
+        draw = np.float64(bits_at(key, counter + 2) >> np.uint64(11)) * unit
+        if fate < mask_share:
+            seen[place] = ids.mask
+        elif fate < mask_or_random_share:
+            seen[place] = ids.first_gene + np.int32(draw * ids.num_genes)
 
 
 @compiled
 def _mask_kernel(
-    tokens: npt.NDArray[np.int32],
-    labels: npt.NDArray[np.int32],
-    lengths: npt.NDArray[np.int32],
+    rows: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]],
+    token_like: npt.NDArray[Any],
     keys: npt.NDArray[np.uint64],
     ids: _Ids,
-    shares: _Shares,
+    shares: tuple[float, float, float],
+    out: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]],
 ) -> None:
-    first_gene_id, num_genes, mask_id = ids
+    addresses, lengths = rows
+    all_seen, all_labels = out
     probability, mask_share, random_share = shares
-    unit = 2.0**-53
     # (bits >> 11) x 2^-53 < probability, in whole numbers: this draw is taken for every token.
-    selected_below = np.uint64(np.ceil(probability / unit))
-    chosen = np.empty(lengths.max() if lengths.shape[0] else 0, dtype=np.int64)
-    begin = 0
+    below = np.uint64(np.ceil(probability / 2.0**-53))
+    longest = lengths.max() if lengths.shape[0] else 0
+    is_chosen, places = np.empty(longest, dtype=np.uint8), np.empty(longest, dtype=np.uint32)
+    end = np.int64(0)
     for cell in range(lengths.shape[0]):
-        key, length = keys[cell], lengths[cell]
-        num_chosen = np.int64(0)
-        for place in range(length):  # without a branch, which could not be predicted
-            chosen[num_chosen] = place
-            is_chosen = _bits(key, place * DRAWS_PER_PLACE) >> np.uint64(11) < selected_below
-            num_chosen += np.int64(is_chosen & (tokens[begin + place] >= first_gene_id))
-        for k in range(num_chosen):
-            place = chosen[k]
-            at = begin + place
-            labels[at] = tokens[at]
-            fate = np.float64(_bits(key, place * DRAWS_PER_PLACE + 1) >> np.uint64(11)) * unit
-            if fate < mask_share:
-                tokens[at] = mask_id
-            elif fate < mask_share + random_share:
-                draw = np.float64(_bits(key, place * DRAWS_PER_PLACE + 2) >> np.uint64(11)) * unit
-                tokens[at] = first_gene_id + np.int32(draw * num_genes)
-        begin += length
+        length = np.int64(lengths[cell])
+        begin, end = end, end + length
+        source = array_at(addresses[cell], int(length), token_like)
+        seen, labels = all_seen[begin:end], all_labels[begin:end]
+        _copy_and_draw(source, seen, labels, is_chosen, keys[cell], below, ids.first_gene)
+        num_chosen = _list_chosen(is_chosen[:length], places)
+        _hide(places[:num_chosen], seen, labels, keys[cell], ids, mask_share, mask_share + random_share)
 
 
-def apply_masking(  # noqa: PLR0913
+def mask_rows(
+    rows: TokenRows,
+    cells: npt.NDArray[np.int64],
+    vocabulary: Vocabulary,
+    masking: Masking,
+    *,
+    seed: int,
+    epoch: int | npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """`apply_masking` to tokens where they lie."""
+    keys = np.atleast_1d(keys_from(MASK_STREAM, seed, epoch, np.asarray(cells, dtype=np.int64)))
+    num_tokens = int(rows.lengths.sum(dtype=np.int64))
+    seen, labels = np.empty(num_tokens, dtype=np.int32), np.empty(num_tokens, dtype=np.int32)
+    first, last = vocabulary.first_gene_id, len(vocabulary)
+    ids = _Ids(first, last - first, vocabulary.mask_id)
+    shares = (masking.probability, masking.mask_share, masking.random_share)
+    _mask_kernel((rows.addresses, rows.lengths), like(rows.dtype), keys, ids, shares, (seen, labels))
+    return seen, labels
+
+
+def apply_masking(
     tokens: npt.NDArray[np.int32],
     lengths: npt.NDArray[np.int32],
     cells: npt.NDArray[np.int64],
@@ -132,14 +180,9 @@ def apply_masking(  # noqa: PLR0913
         What the model sees, int32 [T], and the labels, int32 [T]: the gene where a place is selected, `NO_LABEL`
         elsewhere.
     """
-    assert int(np.sum(lengths, dtype=np.int64)) == len(tokens), (
-        f"lengths sum to {np.sum(lengths)}, tokens are {len(tokens)}"
-    )
-    keys = np.atleast_1d(keys_from(MASK_STREAM, seed, epoch, np.asarray(cells, dtype=np.int64)))
-    seen = tokens.copy()
-    labels = np.full(len(tokens), NO_LABEL, dtype=np.int32)
-    first, last = vocabulary.first_gene_id, len(vocabulary)
-    ids = _Ids(first, last - first, vocabulary.mask_id)
-    shares = _Shares(masking.probability, masking.mask_share, masking.random_share)
-    _mask_kernel(seen, labels, lengths, keys, ids, shares)
-    return seen, labels
+    tokens, lengths = np.ascontiguousarray(tokens, dtype=np.int32), np.ascontiguousarray(lengths, dtype=np.int32)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    assert (ends[-1] if len(ends) else 0) == len(tokens), f"lengths sum to {np.sum(lengths)}, tokens are {len(tokens)}"
+    addresses = (address_of(tokens) + 4 * (ends - lengths)).astype(np.uint64)
+    rows = TokenRows(addresses, lengths, "int32", (tokens,))
+    return mask_rows(rows, cells, vocabulary, masking, seed=seed, epoch=epoch)

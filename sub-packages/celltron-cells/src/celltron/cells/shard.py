@@ -1,85 +1,67 @@
-"""One shard of a store: three arrays mapped from disk."""
+"""One shard of a store: four arrays mapped from disk, and where the counts of some of its cells lie.
 
-import mmap
+C cells of the shard, N their non-zero counts, K cells asked for.
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from celltron.cells.compiled import compiled
 from celltron.core import InputError
-
-
-class ShardArrays(NamedTuple):
-    """What kernels take of a shard."""
-
-    indptr: npt.NDArray[np.uint64]
-    indices: npt.NDArray[Any]
-    counts: npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """Whole cells in compressed rows: ``indptr`` uint64 [C+1], ``indices`` and ``counts`` [N]; read-only."""
+    """Whole cells in compressed rows: ``indptr`` uint64 [C+1], ``indices`` and ``counts`` [N]; read-only.
+
+    ``totals`` float64 [C] are the sums of the cells' counts in their source; None in stores of version 1, where only
+    obs has them.
+    """
 
     folder: Path
     indptr: npt.NDArray[np.uint64]
     indices: npt.NDArray[Any]
     counts: npt.NDArray[Any]
+    totals: npt.NDArray[np.float64] | None
+
+    @property
+    def types(self) -> tuple[str, str]:
+        """The names of the types of ``indices`` and ``counts``."""
+        return self.indices.dtype.name, self.counts.dtype.name
 
 
-def open_shard(store: Path, i: int, entry: dict[str, Any], dtypes: dict[str, str]) -> Shard:
+def open_shard(store: Path, i: int, entry: dict[str, Any], *, has_totals: bool) -> Shard:
     """Map the arrays of shard ``i``; ``entry`` is its line of the manifest."""
-    folder = store / "shards" / f"{i:05d}"
+    folder = shard_folder(store, i)
+    cells, nnz = entry["cells"], entry["nnz"]
     return Shard(
         folder=folder,
-        indptr=_map(folder / "indptr.bin", dtypes["indptr"], entry["cells"] + 1),
-        indices=_map(folder / "indices.bin", dtypes["indices"], entry["nnz"]),
-        counts=_map(folder / "counts.bin", dtypes["counts"], entry["nnz"]),
+        indptr=map_file(folder / "indptr.bin", "uint64", cells + 1),
+        indices=map_file(folder / "indices.bin", entry["indices"], nnz),
+        counts=map_file(folder / "counts.bin", entry["counts"], nnz),
+        totals=map_file(folder / "totals.bin", "float64", cells) if has_totals else None,
     )
 
 
-def _map(path: Path, dtype: str, length: int) -> npt.NDArray[Any]:
+def shard_folder(store: Path, i: int) -> Path:
+    """Where the files of shard ``i`` are."""
+    return store / "shards" / f"{i:05d}"
+
+
+def map_file(path: Path, dtype: str, length: int) -> npt.NDArray[Any]:
+    """Map a file of ``length`` little-endian values, read-only; one of another length is an InputError."""
     little = np.dtype(dtype).newbyteorder("<")
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
+        # The memory stays mapped when the file is closed: a thousand stores need more files than a process may hold.
+        with pa.memory_map(str(path)) as file:
+            size = file.size()
             # Cut or grown since the store was opened? Reading beyond its end would end in a bus error.
             if size != length * little.itemsize:
                 raise InputError(f"{path} has {size} bytes, wanted {length * little.itemsize}; copy the store again")
-            if size == 0:
-                return np.zeros(0, dtype=dtype)
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=little)
+            return np.frombuffer(file.read_buffer(), dtype=little) if size else np.zeros(0, dtype=dtype)
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: copy the store again") from error
-
-
-@compiled
-def _first_bad_row(
-    indptr: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint16], counts: npt.NDArray[np.uint8], num_genes: int
-) -> int:
-    for row in range(indptr.shape[0] - 1):
-        last = np.int64(-1)
-        for place in range(indptr[row], indptr[row + 1]):
-            gene = np.int64(indices[place])
-            if gene <= last or gene >= num_genes or not counts[place] > 0:
-                return row
-            last = gene
-    return -1
-
-
-def check_shard(shard: Shard, num_genes: int) -> None:
-    """Check that rows follow each other, that gene indices rise and stay below G, and that counts are above zero."""
-    ends = shard.indptr
-    if ends[0] != 0 or ends[-1] != len(shard.indices) or np.any(ends[1:] < ends[:-1]):
-        raise InputError(
-            f"{shard.folder / 'indptr.bin'} is damaged: its rows do not follow each other; convert the files again"
-        )
-    row = _first_bad_row(shard.indptr, shard.indices, shard.counts, num_genes)
-    if row >= 0:
-        raise InputError(
-            f"{shard.folder} is damaged: the genes of its cell {row} do not rise below {num_genes} with counts above "
-            "zero; convert the files again"
-        )

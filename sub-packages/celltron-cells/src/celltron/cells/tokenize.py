@@ -6,211 +6,25 @@ C cells, N non-zero counts, G genes of the store, T tokens of all cells.
 
 import hashlib
 import json
+import threading
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from celltron.cells.compiled import compiled
 from celltron.cells.medians import TARGET_TOTAL, compute_medians
-from celltron.cells.store import CellStore, Rows, fingerprint_of_genes
+from celltron.cells.memory import address_of, addresses_of, like
+from celltron.cells.rank_kernel import Frame, GeneTokens, rank_cells
+from celltron.cells.reader import CellReader
+from celltron.cells.store import fingerprint_of_genes
+from celltron.cells.token_rows import TokenRows, copy_tokens
 from celltron.core import InputError, MedianTable, Vocabulary
 
-SMALL_RUN = 24
-DIGIT, BYTE = np.uint64(8), np.uint64(255)
-PLACE_BITS, PLACE = np.uint64(32), np.uint64(2**32 - 1)
 COUNT_CELLS = 4096
-
-
-@compiled
-def _comes_before(score: np.uint64, token: np.int32, other_score: np.uint64, other_token: np.int32) -> bool:
-    return bool(score > other_score or (score == other_score and token < other_token))
-
-
-@compiled
-def _sort_by_insertion(scores: npt.NDArray[np.uint64], tokens: npt.NDArray[np.int32], begin: int, end: int) -> None:
-    for i in range(begin + 1, end):
-        score, token = scores[i], tokens[i]
-        j = i
-        while j > begin and _comes_before(score, token, scores[j - 1], tokens[j - 1]):
-            scores[j], tokens[j] = scores[j - 1], tokens[j - 1]
-            j -= 1
-        scores[j], tokens[j] = score, token
-
-
-@compiled
-def _sift_down(scores: npt.NDArray[np.uint64], tokens: npt.NDArray[np.int32], begin: int, root: int, size: int) -> None:
-    score, token = scores[begin + root], tokens[begin + root]
-    while 2 * root + 1 < size:
-        child = 2 * root + 1
-        at = begin + child
-        if child + 1 < size and _comes_before(scores[at], tokens[at], scores[at + 1], tokens[at + 1]):
-            child += 1
-            at += 1
-        if not _comes_before(score, token, scores[at], tokens[at]):
-            break
-        scores[begin + root], tokens[begin + root] = scores[at], tokens[at]
-        root = child
-    scores[begin + root], tokens[begin + root] = score, token
-
-
-@compiled
-def _sort_by_heap(scores: npt.NDArray[np.uint64], tokens: npt.NDArray[np.int32], begin: int, end: int) -> None:
-    size = end - begin
-    for root in range(size // 2 - 1, -1, -1):
-        _sift_down(scores, tokens, begin, root, size)
-    for last in range(size - 1, 0, -1):
-        at = begin + last
-        scores[begin], scores[at] = scores[at], scores[begin]
-        tokens[begin], tokens[at] = tokens[at], tokens[begin]
-        _sift_down(scores, tokens, begin, 0, last)
-
-
-class _Room(NamedTuple):
-    """Memory for the longest cell: (leading bits, place) pairs [2, num], where a digit's next pair goes [2, 256]."""
-
-    work: npt.NDArray[np.uint64]
-    ends: npt.NDArray[np.int64]
-    sorted_scores: npt.NDArray[np.uint64]
-    sorted_tokens: npt.NDArray[np.int32]
-
-
-@compiled
-def _pack(scores: npt.NDArray[np.uint64], num: int, limit: int, room: _Room) -> int:
-    """Pair the 16 leading bits of each score's distance to the highest with its place, and count the bits' two digits.
-
-    Pairs that are surely beyond the limit are left out. Returns the number of pairs, which are in ``work[0]``.
-    """
-    work, ends, _, _ = room
-    highest, lowest = scores[0], scores[0]
-    for i in range(1, num):
-        highest, lowest = max(highest, scores[i]), min(lowest, scores[i])
-    shift = np.uint64(0)
-    while (highest - lowest) >> shift >= np.uint64(1 << 16):
-        shift += np.uint64(1)
-    ends[:] = 0
-    for i in range(num):
-        ends[1, (highest - scores[i]) >> shift >> DIGIT] += 1
-    num_near, last_digit = ends[1, 0], np.uint64(0)
-    while num_near < min(num, limit):
-        last_digit += np.uint64(1)
-        num_near += ends[1, last_digit]
-    kept = 0
-    for i in range(num):
-        key = (highest - scores[i]) >> shift
-        if key >> DIGIT <= last_digit:
-            work[0, kept] = (key << PLACE_BITS) | np.uint64(i)
-            ends[0, key & BYTE] += 1
-            kept += 1
-    return kept
-
-
-@compiled
-def _rank(scores: npt.NDArray[np.uint64], tokens: npt.NDArray[np.int32], num: int, limit: int, room: _Room) -> None:
-    """The ``limit`` first of ``num`` tokens by falling score and rising token, into ``sorted_tokens``.
-
-    Scores are the bit patterns of positive float64 numbers, whose order as integers is their order as numbers. Two
-    stable counting passes order them by their leading bits; what agrees in these is sorted after.
-    """
-    work, ends, sorted_scores, sorted_tokens = room
-    kept = _pack(scores, num, limit, room)
-    for k in range(2):
-        begin = 0
-        for b in range(256):
-            size = ends[k, b]
-            ends[k, b] = begin
-            begin += size
-    for i in range(kept):
-        b = (work[0, i] >> PLACE_BITS) & BYTE
-        work[1, ends[0, b]] = work[0, i]
-        ends[0, b] += 1
-    for i in range(kept):
-        b = work[1, i] >> (PLACE_BITS + DIGIT)
-        work[0, ends[1, b]] = work[1, i]
-        ends[1, b] += 1
-    begin = 0
-    while begin < min(kept, limit):
-        key = work[0, begin] >> PLACE_BITS
-        end = begin
-        while end < kept and work[0, end] >> PLACE_BITS == key:
-            place = work[0, end] & PLACE
-            sorted_scores[end], sorted_tokens[end] = scores[place], tokens[place]
-            end += 1
-        if end - begin > SMALL_RUN:  # many equal scores
-            _sort_by_heap(sorted_scores, sorted_tokens, begin, end)
-        elif end - begin > 1:
-            _sort_by_insertion(sorted_scores, sorted_tokens, begin, end)
-        begin = end
-
-
-class _GeneTokens(NamedTuple):
-    """For each gene of the store its token, -1 without one, and its median."""
-
-    token: npt.NDArray[np.int32]
-    median: npt.NDArray[np.float64]
-
-
-class _Frame(NamedTuple):
-    """Largest length, and the ids that stand around a cell, -1 without them."""
-
-    max_length: int
-    cls_id: int
-    eos_id: int
-
-
-@compiled
-def _tokenize_kernel(
-    rows: Rows,
-    totals: npt.NDArray[np.float64],
-    genes: _GeneTokens,
-    frame: _Frame,
-    out: npt.NDArray[np.int32],
-    lengths: npt.NDArray[np.int32],
-) -> bool:
-    """Write the tokens of all cells and their lengths; False where a gene is none of the store's."""
-    indptr, gene_index, counts = rows
-    token_of_gene, median_of_gene = genes
-    max_length, cls_id, eos_id = frame
-    longest = 0
-    for cell in range(lengths.shape[0]):
-        longest = max(longest, indptr[cell + 1] - indptr[cell])
-    values = np.empty(longest, dtype=np.float64)
-    scores = values.view(np.uint64)
-    tokens = np.empty(longest, dtype=np.int32)
-    room = _Room(
-        np.empty((2, longest), dtype=np.uint64),
-        np.empty((2, 256), dtype=np.int64),
-        np.empty(longest, dtype=np.uint64),
-        np.empty(longest, dtype=np.int32),
-    )
-    most = max_length - 2 if cls_id >= 0 else max_length
-    end = 0
-    for cell in range(lengths.shape[0]):
-        begin = end
-        num = 0
-        for place in range(indptr[cell], indptr[cell + 1]):
-            gene = gene_index[place]
-            if gene >= token_of_gene.shape[0]:
-                return False
-            token = token_of_gene[gene]
-            if token >= 0:
-                values[num] = np.float64(counts[place]) / totals[cell] * TARGET_TOTAL / median_of_gene[gene]
-                tokens[num] = token
-                num += 1
-        if cls_id >= 0:
-            out[end] = cls_id
-            end += 1
-        if num > 0:
-            kept = min(num, most)
-            _rank(scores, tokens, num, kept, room)
-            out[end : end + kept] = room.sorted_tokens[:kept]
-            end += kept
-        if cls_id >= 0:
-            out[end] = eos_id
-            end += 1
-        lengths[cell] = end - begin
-    return True
+SMALLEST_MEDIAN, LARGEST_MEDIAN = 1e-15, 1e15
+"""Medians of count / total x 10,000 lie far within; the products that the order begins with stay finite."""
 
 
 class RankTokenizer:
@@ -251,18 +65,14 @@ class RankTokenizer:
         self.vocabulary = vocabulary
         self.medians = medians
         self.max_length = max_length
-        self._frame = _Frame(max_length, -1, -1)
+        self._frame = Frame(max_length, -1, -1)
         if self.add_cls_eos and cls_id is not None and eos_id is not None:
-            self._frame = _Frame(max_length, cls_id, eos_id)
+            self._frame = Frame(max_length, cls_id, eos_id)
         self._genes_fingerprint = fingerprint_of_genes(tuple(genes))
         tokens = vocabulary.ids_of(list(genes))
         median_of_token = medians.for_vocabulary(vocabulary)
         median_of_gene = np.where(tokens >= 0, median_of_token[tokens], np.nan)
         has_both_values = np.isfinite(median_of_gene) & (tokens >= vocabulary.first_gene_id)
-        self._genes = _GeneTokens(
-            token=np.where(has_both_values, tokens, -1).astype(np.int32),
-            median=np.where(has_both_values, median_of_gene, 1.0),
-        )
         self.num_known_genes = int(has_both_values.sum())
         if self.num_known_genes == 0:
             some, wanted = ", ".join(list(genes)[:3]), ", ".join(vocabulary.genes[:3])
@@ -270,11 +80,26 @@ class RankTokenizer:
                 f"none of the store's {len(genes)} genes (such as {some}) has a token and a median in the vocabulary "
                 f"(such as {wanted}): take one of its species"
             )
+        median = np.where(has_both_values, median_of_gene, 1.0)
+        strange = (median < SMALLEST_MEDIAN) | (median > LARGEST_MEDIAN)
+        if strange.any():
+            gene = int(np.flatnonzero(strange)[0])
+            raise InputError(
+                f"the median of {genes[gene]} is {median[gene]:g}: wanted one of count / total x 10,000, from "
+                f"{SMALLEST_MEDIAN:g} to {LARGEST_MEDIAN:g}; compute the medians again"
+            )
+        self._genes = GeneTokens(
+            token=np.where(has_both_values, tokens, -1).astype(np.int32),
+            median=median,
+            inverse=np.where(has_both_values, 1.0 / median, 0.0),
+        )
+        self._memory = threading.local()
+        self._tables: weakref.WeakKeyDictionary[CellReader, list[GeneTokens]] = weakref.WeakKeyDictionary()
 
     @classmethod
     def from_store(
         cls,
-        store: CellStore,
+        store: CellReader,
         *,
         max_length: int = 2048,
         vocabulary: Vocabulary | None = None,
@@ -287,25 +112,62 @@ class RankTokenizer:
             medians = compute_medians(store)
         return cls(vocabulary, medians, store.gene_ids, max_length=max_length)
 
-    def tokenize(self, store: CellStore, cells: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    def tokenize(self, store: CellReader, cells: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Token ids int32 [T] of the cells one after the other, and the length of each, int32 [C]."""
+        rows = self.encode(store, store.check_cells(cells))
+        return copy_tokens(rows), rows.lengths
+
+    def encode(self, store: CellReader, cells: npt.NDArray[np.int64]) -> TokenRows:
+        """The tokens of cells (checked numbers), each where there was room for it.
+
+        They lie in memory that the calling thread's next call writes over: new memory for every call would cost a fifth
+        of the time.
+        """
+        tables = self._tables.get(store) or self._tables_of(store)
+        located = store.locate(cells)
+        room = np.zeros(len(cells), dtype=np.int64)
+        for part in located:
+            room[part.slots] = part.sizes
+        room = np.minimum(room + 2, self.max_length)
+        begins = np.cumsum(room) - room
+        tokens = self._scratch(int(room.sum()))
+        lengths = np.zeros(len(cells), dtype=np.int32)
+        for part in located:
+            bad = rank_cells(
+                addresses_of(part),
+                like(part.index_dtype),
+                like(part.count_dtype),
+                tables[part.member],
+                self._frame,
+                begins,
+                (tokens, lengths),
+            )
+            if bad != -1:
+                cell = int(cells[bad if bad >= 0 else -2 - bad])
+                what = "names a gene beyond those it has" if bad >= 0 else "has counts but no total"
+                raise InputError(f"{store.name} is damaged: cell {cell} {what}; run celltron verify")
+        addresses = (address_of(tokens) + 4 * begins).astype(np.uint64)
+        return TokenRows(addresses, lengths, "int32", (tokens,))
+
+    def _scratch(self, num_tokens: int) -> npt.NDArray[np.int32]:
+        """Memory of the calling thread for so many tokens."""
+        memory: npt.NDArray[np.int32] | None = getattr(self._memory, "tokens", None)
+        if memory is None or len(memory) < num_tokens:
+            memory = self._memory.tokens = np.empty(num_tokens + num_tokens // 4, dtype=np.int32)
+        return memory
+
+    def _tables_of(self, store: CellReader) -> list[GeneTokens]:
+        """The tokens of each member's own genes."""
         if store.genes_fingerprint != self._genes_fingerprint:
             raise InputError(
-                f"{store.path} has other genes than this tokeniser was made for: make one with RankTokenizer.from_store"
+                f"{store.name} has other genes than this tokeniser was made for: make one with RankTokenizer.from_store"
             )
-        cells = store.check_cells(cells)
-        rows = store.rows(cells)
-        room = np.minimum(np.diff(rows.indptr) + 2, self.max_length)
-        tokens = np.empty(int(room.sum()), dtype=np.int32)
-        lengths = np.empty(len(cells), dtype=np.int32)
-        totals = store.total_counts[cells]
-        good = _tokenize_kernel(rows, totals, self._genes, self._frame, tokens, lengths)
-        if not good:
-            raise InputError(
-                f"{store.path} is damaged: a cell names a gene beyond the store's {store.num_genes}; run celltron "
-                "verify"
-            )
-        return tokens[: int(lengths.sum(dtype=np.int64))], lengths
+        tables = [
+            self._genes if places is None else _tokens_at(self._genes, places)
+            for places in store.gene_maps
+        ]
+        self._tables[store] = tables
+        return tables
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting that decides the tokens; vocabulary, medians and genes by fingerprint."""
@@ -326,8 +188,13 @@ class RankTokenizer:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
+def _tokens_at(genes: GeneTokens, places: npt.NDArray[np.int64]) -> GeneTokens:
+    """The tokens of some of the genes, in the order of their places."""
+    return GeneTokens(genes.token[places], genes.median[places], genes.inverse[places])
+
+
 def count_tokens(
-    store: CellStore,
+    store: CellReader,
     tokenizer: RankTokenizer,
     cells: npt.ArrayLike | None = None,
     progress: Callable[[int, int], None] | None = None,

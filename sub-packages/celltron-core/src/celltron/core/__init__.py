@@ -19,7 +19,7 @@ from celltron.core.config import (
     load_config,
     parse_arguments,
 )
-from celltron.core.errors import InputError, run_command
+from celltron.core.errors import BeingWrittenError, InputError, run_command
 from celltron.core.genes import GeneNames
 from celltron.core.permutation import KeyedPermutation, key_from, keys_from, mix64, uniform_bits
 from celltron.core.progress import ProgressLine, describe_seconds
@@ -42,6 +42,7 @@ __all__ = [
     "MASK",
     "PAD",
     "ArtefactWriter",
+    "BeingWrittenError",
     "GeneNames",
     "InputError",
     "KeyedPermutation",

@@ -1,22 +1,30 @@
 """Artefact folders: written aside, checksummed file by file, and renamed into place at the end.
 
 A folder that carries a `manifest.json` is complete. Until then it is called `.<name>.partial` and nothing opens it.
+Long work can go on in the partial folder that a broken-off run left (`resume`).
 """
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from celltron.core.durable import exchange_folders, lock_folder, name_file_in_errors, sync_folder, sync_tree
+from celltron.core.durable import (
+    FileEntry,
+    exchange_folders,
+    hash_file,
+    lock_folder,
+    name_file_in_errors,
+    sync_folder,
+    sync_tree,
+)
 from celltron.core.durable import write_atomically as write_atomically
-from celltron.core.errors import InputError
+from celltron.core.errors import BeingWrittenError, InputError
 from celltron.core.manifest import MANIFEST_NAME as MANIFEST_NAME
 from celltron.core.manifest import digest_of_manifest, list_files
 from celltron.core.manifest import read_manifest as read_manifest
@@ -31,21 +39,23 @@ class _OpenPartial:
     """What this process knows of a partial folder that it began."""
 
     replace: bool
+    resume: bool
     lock: int | None
 
 
 _open_partials: dict[Path, _OpenPartial] = {}
 
 
-def begin_artefact(final: Path, *, replace: bool = False) -> Path:
-    """Make the folder `.<name>.partial` beside `final`, empty, and hold it until it is finished or discarded.
+def begin_artefact(final: Path, *, replace: bool = False, resume: bool = False) -> Path:
+    """Make the folder `.<name>.partial` beside `final` and hold it until it is finished, left or discarded.
 
     Args:
         final: where the artefact will stand.
         replace: allow `final` to be an artefact already; it stays readable until the new one is complete.
+        resume: keep what a broken-off run left in the partial folder, for the caller to check; Ctrl-C keeps it too.
 
     Returns:
-        The partial folder. What an earlier crash left under that name is removed.
+        The partial folder, empty unless `resume` found something.
 
     Raises:
         InputError: `final` is in use, is no folder, or another process is writing it now.
@@ -58,20 +68,30 @@ def begin_artefact(final: Path, *, replace: bool = False) -> Path:
     _release(partial)
     if partial.is_symlink() or partial.is_file():
         partial.unlink()
-    elif partial.exists():
+    elif partial.exists() and not resume:
         _unlock(_lock_or_refuse(partial, final))
         shutil.rmtree(partial)
-    partial.mkdir()
-    _open_partials[partial] = _OpenPartial(replace=replace, lock=_lock_or_refuse(partial, final))
+    partial.mkdir(exist_ok=resume)
+    _open_partials[partial] = _OpenPartial(replace=replace, resume=resume, lock=_lock_or_refuse(partial, final))
+    if resume:
+        (partial / MANIFEST_NAME).unlink(missing_ok=True)  # the run broke off on its last step
     return partial
 
 
 def finish_artefact(
-    partial: Path, final: Path, *, format: str, version: int, meta: Mapping[str, Any] | None = None
+    partial: Path,
+    final: Path,
+    *,
+    format: str,
+    version: int,
+    meta: Mapping[str, Any] | None = None,
+    files: Mapping[str, FileEntry] | None = None,
+    remove: Collection[str] = (),
 ) -> None:
     """Hash every file, write the manifest, push all to the disk, and rename the folder to its final name.
 
-    Whatever fails, the partial folder is removed and an older artefact at `final` is left as it was.
+    Whatever fails, the partial folder is removed (Ctrl-C leaves one that was begun with `resume`) and an older artefact
+    at `final` is left as it was.
 
     Args:
         partial: the folder from `begin_artefact`.
@@ -79,18 +99,24 @@ def finish_artefact(
         format: what kind of artefact this is, such as "celltron-cellstore".
         version: version of that format.
         meta: more keys for the manifest; JSON values only.
+        files: files, by relative name, that this run hashed while it wrote or checked them.
+        remove: names in the folder that are no part of the artefact; they go last, right before the renaming.
     """
     partial, final = _absolute(partial), _absolute(final)
     _check_partial(partial)
-    opened = _open_partials.get(partial, _OpenPartial(replace=False, lock=None))
+    opened = _open_partials.get(partial, _OpenPartial(replace=False, resume=False, lock=None))
     try:
         with name_file_in_errors(final):
-            _write_manifest(partial, format=format, version=version, meta=dict(meta or {}))
-            sync_tree(partial)
+            if (partial / MANIFEST_NAME).exists():
+                raise ValueError(f"{partial / MANIFEST_NAME} is written by finish_artefact; give its keys as meta")
+            entries = _hash_files(partial, files or {}, remove)
+            write_manifest(partial, new_manifest(format=format, version=version, meta=meta or {}, files=entries))
+            sync_tree(partial, leave_out=remove)
             _check_target(final, replace=opened.replace)
+            _remove(partial, remove)
             _move_into_place(partial, final)
-    except BaseException:
-        discard_artefact(partial)
+    except BaseException as error:
+        _abandon(partial, error)
         raise
     _release(partial)
 
@@ -103,6 +129,40 @@ def discard_artefact(partial: Path) -> None:
     _release(partial)
 
 
+def leave_artefact(partial: Path) -> None:
+    """Let go of a partial folder as it is, for a later `begin_artefact` with `resume`."""
+    _release(_absolute(partial))
+
+
+def new_manifest(
+    *, format: str, version: int, meta: Mapping[str, Any], files: Mapping[str, FileEntry]
+) -> dict[str, Any]:
+    """A manifest with its own checksum.
+
+    Args:
+        format: what kind of artefact this is.
+        version: version of that format.
+        meta: more keys; JSON values only.
+        files: every file of the artefact, by its relative name.
+    """
+    clashes = [key for key in _RESERVED if key in meta]
+    if clashes:
+        raise ValueError(f"the manifest writes {', '.join(clashes)} itself; rename that key of meta")
+    # Through JSON and back, so that what is hashed is what a reader will find (tuples, integer keys).
+    meta = json.loads(json.dumps(dict(meta), allow_nan=False))
+    listed = {name: dict(files[name]) for name in sorted(files)}
+    manifest = {"format": format, "version": version, "celltron_version": __version__, **meta, "files": listed}
+    return manifest | {"manifest_sha256": digest_of_manifest(manifest)}
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write an artefact's manifest in one step: readers find the old one or the new one.
+
+    The one point at which an artefact that is changed in place turns into another: the files of both are there before.
+    """
+    write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+
+
 @dataclass(slots=True)
 class ArtefactWriter:
     """What `write_artefact` hands out."""
@@ -111,11 +171,21 @@ class ArtefactWriter:
     """Where to put the files."""
     meta: dict[str, Any] = field(default_factory=dict)
     """More keys for the manifest; JSON values only."""
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    """Files, by relative name, that need not be hashed again."""
+    remove: list[str] = field(default_factory=list)
+    """Names in the folder that are no part of the artefact."""
+    leave: bool = False
+    """Whether an error leaves the folder as it is: until the block knows that what was in it is of no more use."""
 
 
 @contextlib.contextmanager
-def write_artefact(final: Path, *, format: str, version: int, replace: bool = False) -> Iterator[ArtefactWriter]:
+def write_artefact(
+    final: Path, *, format: str, version: int, replace: bool = False, resume: bool = False
+) -> Iterator[ArtefactWriter]:
     """Write an artefact inside a `with`: finished when the block ends, discarded when it raises.
+
+    With `resume`, what a broken-off run left is in the folder, and Ctrl-C leaves it for the next; see `begin_artefact`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -125,16 +195,21 @@ def write_artefact(final: Path, *, format: str, version: int, replace: bool = Fa
     ...     read_manifest(Path(folder) / "a", format="example", versions={1})["count"]
     3
     """
-    partial = begin_artefact(final, replace=replace)
+    partial = begin_artefact(final, replace=replace, resume=resume)
     writer = ArtefactWriter(folder=partial)
     try:
         # Only a full disk is surely about this folder: the block reads other files too.
         with name_file_in_errors(final, only=(errno.ENOSPC, errno.EDQUOT)):
             yield writer
-    except BaseException:
-        discard_artefact(partial)
+    except BaseException as error:
+        if writer.leave:
+            leave_artefact(partial)
+        else:
+            _abandon(partial, error)
         raise
-    finish_artefact(partial, final, format=format, version=version, meta=writer.meta)
+    finish_artefact(
+        partial, final, format=format, version=version, meta=writer.meta, files=writer.files, remove=writer.remove
+    )
 
 
 def _absolute(path: Path) -> Path:
@@ -188,7 +263,7 @@ def _check_target(final: Path, *, replace: bool) -> None:
 def _lock_or_refuse(partial: Path, final: Path) -> int | None:
     lock = lock_folder(partial)
     if lock is False:
-        raise InputError(f"{final} is being written by another process; wait for it or choose another name")
+        raise BeingWrittenError(f"{final} is being written by another process; wait for it or choose another name")
     return lock
 
 
@@ -204,24 +279,31 @@ def _release(partial: Path) -> None:
         _unlock(opened.lock)
 
 
-def _write_manifest(partial: Path, *, format: str, version: int, meta: dict[str, Any]) -> None:
-    """Hash the files of a partial folder and write its manifest."""
-    clashes = [key for key in _RESERVED if key in meta]
-    if clashes:
-        raise ValueError(f"the manifest writes {', '.join(clashes)} itself; rename that key of meta")
-    if (partial / MANIFEST_NAME).exists():
-        raise ValueError(f"{partial / MANIFEST_NAME} is written by finish_artefact; give its keys as meta")
-    # Through JSON and back, so that what is hashed is what a reader will find (tuples, integer keys).
-    meta = json.loads(json.dumps(meta, allow_nan=False))
-    files: dict[str, dict[str, Any]] = {}
-    for name in list_files(partial):
-        with (partial / name).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        files[name] = {"bytes": (partial / name).stat().st_size, "sha256": digest}
-    manifest = {"format": format, "version": version, "celltron_version": __version__, **meta, "files": files}
-    manifest["manifest_sha256"] = digest_of_manifest(manifest)
-    text = json.dumps(manifest, indent=1, allow_nan=False)
-    (partial / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+def _abandon(partial: Path, error: BaseException) -> None:
+    """Discard a partial folder, or leave one that can be gone on with if a person stopped the work."""
+    opened = _open_partials.get(partial)
+    if opened is not None and opened.resume and isinstance(error, KeyboardInterrupt):
+        leave_artefact(partial)
+    else:
+        discard_artefact(partial)
+
+
+def _hash_files(partial: Path, known: Mapping[str, FileEntry], leave_out: Collection[str]) -> dict[str, FileEntry]:
+    entries = {}
+    for name in list_files(partial, leave_out=leave_out):
+        if name in known:
+            size = (partial / name).stat().st_size
+            assert size == known[name]["bytes"], f"{partial / name}: {size} bytes, hashed were {known[name]['bytes']}"
+        entries[name] = known[name] if name in known else hash_file(partial / name)
+    return entries
+
+
+def _remove(folder: Path, names: Collection[str]) -> None:
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _move_into_place(partial: Path, final: Path) -> None:

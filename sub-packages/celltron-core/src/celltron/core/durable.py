@@ -3,23 +3,91 @@
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import secrets
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
+class FileEntry(TypedDict):
+    """Length and checksum (sha256, hex) of a file, as a manifest lists it."""
+
+    bytes: int
+    sha256: str
+
+
+class HashedFile:
+    """A new file that is hashed while it is written, so that it need not be read again for its checksum.
+
+    It has what libraries want of a file that they only write on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+        with name_file_in_errors(path):
+            self._stream = path.open("wb")
+
+    def write(self, data: Any) -> int:
+        """Append bytes, or what holds them in a row (arrays); a full disk is an OSError with the file's name."""
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
+        with name_file_in_errors(self.path):
+            self._stream.write(view)
+        self._digest.update(view)
+        self._bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._bytes
+
+    def flush(self) -> None:
+        """Hand what was written to the system."""
+        with name_file_in_errors(self.path):
+            self._stream.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        with name_file_in_errors(self.path):
+            self._stream.close()
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file has ended."""
+        return self._stream.closed
+
+    def entry(self) -> FileEntry:
+        """Length and checksum of what was written."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Read a file for its length and checksum."""
+    with path.open("rb") as stream:
+        return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def write_atomically(path: Path, data: bytes | str, *, sync: bool = True) -> None:
     """Write a small file so that its name shows the old content or the new, never a part.
 
     Args:
         path: the file; its folder must exist.
         data: the content; text is written as UTF-8.
+        sync: push it to the disk. Without, all that is said holds if the process dies, but not if the machine does.
     """
     path = Path(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
@@ -29,12 +97,14 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             with aside.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
-                os.fsync(stream.fileno())
+                if sync:
+                    os.fsync(stream.fileno())
             os.replace(aside, path)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -65,9 +135,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
-    """Push every file and every folder below `folder` to the disk."""
-    for parent, _, names in os.walk(folder):
+def sync_tree(folder: Path, *, leave_out: Collection[str] = ()) -> None:
+    """Push every file and every folder below `folder` to the disk, save the folders `leave_out` right in it."""
+    for parent, folders, names in os.walk(folder):
+        if parent == os.fspath(folder):
+            folders[:] = [name for name in folders if name not in leave_out]
         for name in names:
             descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
             try:

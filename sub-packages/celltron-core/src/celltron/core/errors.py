@@ -35,6 +35,10 @@ class InputError(ValueError):
         super().__init__(_one_line(sentence))
 
 
+class BeingWrittenError(InputError):
+    """An artefact that another process is writing now."""
+
+
 def _one_line(text: str) -> str:
     """Fold line breaks into single spaces and show other control characters as escapes."""
     folded = re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", text).strip()
@@ -69,8 +73,8 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
         return _report(str(error), EXIT_BAD_INPUT)
     except OSError as error:
         return _report(_sentence_of(error), EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        return _report("interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _report(_one_line(str(error)) or "interrupted", EXIT_INTERRUPTED)
     return 0
 
 

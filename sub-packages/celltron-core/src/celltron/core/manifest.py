@@ -81,10 +81,18 @@ def verify_artefact(folder: Path, *, progress: Callable[[int], None] | None = No
         )
 
 
-def list_files(folder: Path) -> list[str]:
-    """List the files below a folder as sorted relative names with `/`; links and special files are refused."""
+def list_files(folder: Path, *, leave_out: Collection[str] = ()) -> list[str]:
+    """List the files below a folder as sorted relative names with `/`; links and special files are refused.
+
+    Args:
+        folder: the folder.
+        leave_out: names right in it that are not looked at.
+    """
     names = []
     for parent, folders, files in os.walk(folder, onerror=_raise):
+        if parent == os.fspath(folder):
+            folders[:] = [name for name in folders if name not in leave_out]
+            files = [name for name in files if name not in leave_out]
         for name in [*folders, *files]:
             path = Path(parent) / name
             mode = path.lstat().st_mode

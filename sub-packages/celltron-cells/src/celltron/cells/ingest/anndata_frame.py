@@ -1,4 +1,4 @@
-"""A table (obs or var) of an .h5ad file, read column by column in runs of rows, as arrow arrays."""
+"""A table (obs or var) as anndata stores it in HDF5 or zarr, read column by column in runs of rows, as arrow arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,34 +9,45 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from celltron.cells.ingest.damage import damaged, reading
+from celltron.core import InputError
+
 Reader = Callable[[int, int], pa.Array]
 CATEGORY = pa.dictionary(pa.int32(), pa.string())
 
 
-class H5adFrame:
-    """A table of an open .h5ad file.
+class AnndataFrame:
+    """A table of an open file or store.
 
     ``readers`` maps a column's name to a function (start, stop) -> arrow array; categories come as dictionaries of
     text, whatever is not a number, a truth value, text or a category comes as text. ``notes`` says which columns were
     turned into text, by name.
+
+    Args:
+        node: the group that holds the table, of h5py or zarr; for files of old releases also an HDF5 table.
+        name: the source's name, for messages.
     """
 
-    def __init__(self, node: h5py.Group | h5py.Dataset) -> None:
+    def __init__(self, node: Any, name: str) -> None:
         self.notes: dict[str, str] = {}
         self.readers: dict[str, Reader] = {}
-        version = node.attrs.get("encoding-version") if isinstance(node, h5py.Group) else None
+        self._name = name
+        version = None if is_array(node) else node.attrs.get("encoding-version")
         if version == "0.2.0":
             index = str(node.attrs["_index"])
             self._index = _element_reader(node[index])[0]
-            for name in (str(name) for name in node.attrs["column-order"]):
-                if name != index:
-                    self._add(name, *_element_reader(node[name]))
+            for column in (str(column) for column in node.attrs["column-order"]):
+                if column != index:
+                    self._add(column, *_element_reader(node[column]))
             self.num_rows = _length(node[index])
+            for column in self.readers:
+                if _length(node[column]) != self.num_rows:
+                    raise damaged(name, f"column {column!r} has {_length(node[column])} of {self.num_rows} rows")
         else:  # files of anndata before 0.7.2: anndata knows how to read them, whole
-            frame = _read_old_frame(node)
+            frame = _read_old_frame(node, name)
             self._index = _series_reader(frame.index.to_series())[0]
-            for name in frame.columns:
-                self._add(str(name), *_series_reader(frame[name]))
+            for column in frame.columns:
+                self._add(str(column), *_series_reader(frame[column]))
             self.num_rows = len(frame)
 
     def _add(self, name: str, reader: Reader, note: str) -> None:
@@ -51,11 +62,13 @@ class H5adFrame:
 
     def index(self, start: int = 0, stop: int | None = None) -> pa.Array:
         """The row names as text."""
-        return as_text(self._index(start, self.num_rows if stop is None else stop))
+        with reading(self._name):
+            return as_text(self._index(start, self.num_rows if stop is None else stop))
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> pa.Array:
         """A run of one column."""
-        return self.readers[name](start, self.num_rows if stop is None else stop)
+        with reading(self._name):
+            return self.readers[name](start, self.num_rows if stop is None else stop)
 
 
 def as_text(array: pa.Array) -> pa.Array:
@@ -65,16 +78,27 @@ def as_text(array: pa.Array) -> pa.Array:
     return array if array.type == pa.string() else array.cast(pa.string())
 
 
-def _length(node: h5py.Group | h5py.Dataset) -> int:
+def is_array(node: Any) -> bool:
+    """Whether a node of h5py or zarr is an array and not a group."""
+    return hasattr(node, "dtype")
+
+
+def _length(node: Any) -> int:
+    if not is_array(node):
+        node = node["codes" if "codes" in node else "values"]
+    return int(node.shape[0])
+
+
+def _is_text(node: Any) -> bool:
     if isinstance(node, h5py.Dataset):
-        return int(node.shape[0])
-    return int(node["codes" if "codes" in node else "values"].shape[0])
+        return h5py.check_string_dtype(node.dtype) is not None or node.dtype.kind == "S"
+    return node.dtype.kind in "TU" or node.attrs.get("encoding-type") == "string-array"
 
 
-def _element_reader(node: h5py.Group | h5py.Dataset) -> tuple[Reader, str]:
+def _element_reader(node: Any) -> tuple[Reader, str]:
     """The reader for one column, by its anndata encoding, and what was done to it, if anything."""
-    if isinstance(node, h5py.Dataset):
-        if h5py.check_string_dtype(node.dtype) is not None or node.dtype.kind == "S":
+    if is_array(node):
+        if _is_text(node):
             return lambda start, stop: _text_array(node[start:stop]), ""
         if node.dtype.kind in "iufb" and node.ndim == 1 and "categories" not in node.attrs:
             return lambda start, stop: pa.array(_plain(node[start:stop])), ""
@@ -82,11 +106,14 @@ def _element_reader(node: h5py.Group | h5py.Dataset) -> tuple[Reader, str]:
         encoding = str(node.attrs.get("encoding-type", ""))
         if encoding == "categorical":
             words, note = _words(pd.Index(anndata.io.read_elem(node["categories"])))
-            return lambda start, stop: _dictionary(node["codes"][start:stop], words), note
-        if encoding in ("nullable-integer", "nullable-boolean"):
-            return lambda start, stop: pa.array(_plain(node["values"][start:stop]), mask=node["mask"][start:stop]), ""
-        if encoding == "nullable-string-array":
-            return lambda start, stop: _text_array(node["values"][start:stop], node["mask"][start:stop]), ""
+            codes = node["codes"]
+            return lambda start, stop: _dictionary(codes[start:stop], words), note
+        if encoding.startswith("nullable-"):
+            values, mask = node["values"], node["mask"]
+            if encoding in ("nullable-integer", "nullable-boolean"):
+                return lambda start, stop: pa.array(_plain(values[start:stop]), mask=mask[start:stop]), ""
+            if encoding == "nullable-string-array":
+                return lambda start, stop: _text_array(values[start:stop], mask[start:stop]), ""
     return _series_reader(pd.Series(anndata.io.read_elem(node)))
 
 
@@ -100,6 +127,8 @@ def _plain(values: Any) -> Any:
 
 
 def _text_array(values: Any, mask: Any = None) -> pa.Array:
+    if values.dtype.kind in "TU":  # zarr's text
+        return pa.array(values.tolist(), type=pa.string(), mask=mask)
     try:
         return pa.array(values, type=pa.binary(), mask=mask).cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowTypeError):  # broken UTF-8, or more than text
@@ -129,9 +158,13 @@ def _series_reader(series: "pd.Series[Any]") -> tuple[Reader, str]:
     return lambda start, stop: _text_array(values[start:stop], missing[start:stop]), note
 
 
-def _read_old_frame(node: h5py.Group | h5py.Dataset) -> pd.DataFrame:
-    if isinstance(node, h5py.Group) and "encoding-type" in node.attrs:
+def _read_old_frame(node: Any, source: str) -> pd.DataFrame:
+    if not is_array(node) and "encoding-type" in node.attrs:
         return pd.DataFrame(anndata.io.read_elem(node))
+    if not isinstance(node, h5py.Dataset | h5py.Group) or node.file.driver == "fileobj":
+        raise InputError(
+            f"{source} has tables of anndata before 0.7.2: read a copy here with anndata and write it again"
+        )
     whole = anndata.read_h5ad(node.file.filename, backed="r")
     try:
         raw = node.name.startswith(("/raw/", "/raw."))

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from celltron.cells import h5ad_matrix
-from celltron.cells.h5ad_matrix import RowBlock, open_matrix, row_bounds
+from celltron.cells.ingest import anndata_matrix, row_order
+from celltron.cells.ingest.anndata_matrix import Matrix
+from celltron.cells.ingest.row_order import row_bounds
+from celltron.cells.ingest.source import RowBlock
 from celltron.core import InputError
 
 FORMS = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}
@@ -26,6 +28,10 @@ def dense_of(blocks: Iterator[RowBlock] | list[RowBlock], shape: tuple[int, int]
     return dense
 
 
+def open_matrix(node: object) -> Matrix:
+    return anndata_matrix.open_matrix(node, "x.h5", lambda array: array)
+
+
 def write(path: Path, matrix: object) -> h5py.File:
     with h5py.File(path, "w") as file:
         anndata.io.write_elem(file, "X", matrix)
@@ -36,17 +42,27 @@ def write(path: Path, matrix: object) -> h5py.File:
 @pytest.mark.parametrize("num_values", [1, 7, 1000, 10**6])
 @pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint16])
 def test_blocks_are_the_matrix(tmp_path: Path, monkeypatch, form: str, num_values: int, dtype: type) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(h5ad_matrix, "BLOCK_VALUES", num_values)
-    monkeypatch.setattr(h5ad_matrix, "BLOCK_ROWS", 9)
+    monkeypatch.setattr(anndata_matrix, "BLOCK_VALUES", num_values)
+    monkeypatch.setattr(row_order, "RUN_VALUES", 3 * num_values)
+    monkeypatch.setattr(anndata_matrix, "RUN_VALUES", 2 * num_values)
+    monkeypatch.setattr(anndata_matrix, "BLOCK_ROWS", 9)
     dense = np.random.default_rng(0).poisson(0.3, (41, 13)).astype(dtype)
     dense[5] = 0
     with write(tmp_path / "x.h5", FORMS[form](dense)) as file:
         matrix = open_matrix(file["X"])
         assert matrix.shape == dense.shape
-        blocks = list(matrix.blocks(tmp_path / "scratch"))
+        matrix.prepare(tmp_path / "scratch", {"bytes": 1})
+        blocks = list(matrix.blocks(0, len(dense)))
         assert np.array_equal(dense_of(blocks, dense.shape), dense)
         assert all(len(block.values) <= max(num_values, 13) for block in blocks) or form == "dense"
-    assert not (tmp_path / "scratch").exists()
+        for start, stop in ((0, 0), (3, 4), (5, 30), (40, 41)):
+            part = np.zeros((stop, 13))
+            for block in matrix.blocks(start, stop):
+                num_rows = len(block.indptr) - 1
+                rows = block.start + np.repeat(np.arange(num_rows), np.diff(block.indptr))
+                np.add.at(part, (rows, block.columns), block.values)
+            assert np.array_equal(part[start:], dense[start:stop]) and not part[:start].any()
+        matrix.close()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -87,7 +103,7 @@ def test_a_csc_matrix_that_names_missing_cells_is_refused(tmp_path: Path) -> Non
     with h5py.File(tmp_path / "x.h5", "r+") as file:
         file["X"]["indices"][2] = 99
         with pytest.raises(InputError, match="cells that it does not have"):
-            list(open_matrix(file["X"]).blocks(tmp_path / "scratch"))
+            open_matrix(file["X"]).prepare(tmp_path / "scratch", {})
 
 
 def test_what_is_no_matrix_is_refused(tmp_path: Path) -> None:
@@ -108,4 +124,4 @@ def test_the_sparse_layout_of_old_files_is_read(tmp_path: Path) -> None:
         group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = b"csr", matrix.shape
         for name in ("data", "indices", "indptr"):
             group[name] = getattr(matrix, name)
-        assert np.array_equal(dense_of(open_matrix(group).blocks(tmp_path), dense.shape), dense)
+        assert np.array_equal(dense_of(open_matrix(group).blocks(0, 11), dense.shape), dense)

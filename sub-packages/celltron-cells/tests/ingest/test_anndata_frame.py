@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from celltron.cells.h5ad_frame import H5adFrame, as_text
+from celltron.cells.ingest.anndata_frame import AnndataFrame, as_text
 
 ROWS = 7
 
@@ -38,7 +38,7 @@ def expected(column: "pd.Series", start: int, stop: int) -> list:
 def test_columns_in_runs_of_rows(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "x.h5", "w") as file:
         anndata.io.write_elem(file, "obs", frame())
-        read = H5adFrame(file["obs"])
+        read = AnndataFrame(file["obs"], "x")
         assert read.num_rows == ROWS and read.columns == list(frame().columns)
         assert read.index(2, 4).to_pylist() == ["cell 2", "cell 3"]
         for name in read.columns:
@@ -54,7 +54,7 @@ def test_an_index_of_numbers_becomes_text(tmp_path: Path) -> None:
         group.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "id"})
         group.attrs["column-order"] = np.array([], dtype="S1")
         group["id"] = np.array([10, 20])
-        assert H5adFrame(group).index().to_pylist() == ["10", "20"]
+        assert AnndataFrame(group, "x").index().to_pylist() == ["10", "20"]
 
 
 def test_fixed_length_bytes_and_broken_unicode_do_not_crash(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_fixed_length_bytes_and_broken_unicode_do_not_crash(tmp_path: Path) -> N
         group.attrs["column-order"] = ["bytes"]
         group["id"] = np.array([b"a", b"b"])
         group["bytes"] = np.array([b"\xff\xfe", b"good"])
-        assert H5adFrame(group).column("bytes").to_pylist() == ["\ufffd\ufffd", "good"]
+        assert AnndataFrame(group, "x").column("bytes").to_pylist() == ["\ufffd\ufffd", "good"]
 
 
 def test_the_frame_of_anndata_0_7_is_read(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_frame_of_anndata_0_7_is_read(tmp_path: Path) -> None:
         group["kind"] = np.array([0, -1, 1], dtype=np.int8)
         group["__categories/kind"] = np.array(["T", "B"], dtype=object)
         group["kind"].attrs["categories"] = group["__categories/kind"].ref
-        read = H5adFrame(group)
+        read = AnndataFrame(group, "x")
         assert read.index().to_pylist() == ["a", "b", "c"]
         assert read.column("kind").to_pylist() == ["T", None, "B"]
 
@@ -90,13 +90,13 @@ def test_the_table_of_anndata_0_6_is_read(tmp_path: Path) -> None:
         file["obs"] = np.array([(b"c0", 5), (b"c1", 6)], dtype=kinds)
         file["var"] = np.array([(b"g0", 5), (b"g1", 6)], dtype=kinds)
     with h5py.File(tmp_path / "x.h5ad", "r") as file:
-        read = H5adFrame(file["obs"])
+        read = AnndataFrame(file["obs"], "x")
         assert read.index().to_pylist() == ["c0", "c1"]
         assert read.column("n", 1, 2).to_pylist() == [6]
 
 
 def test_mixed_values_become_text() -> None:
-    from celltron.cells.h5ad_frame import _series_reader
+    from celltron.cells.ingest.anndata_frame import _series_reader
 
     read, note = _series_reader(pd.Series([1, "two", None, 3.5], dtype=object))
     assert note == "values of several kinds"

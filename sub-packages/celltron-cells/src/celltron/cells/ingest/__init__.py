@@ -1,0 +1,1 @@
+"""Sources of counts, one module a file format, all with the face that `celltron.cells.ingest.source` describes."""
