@@ -13,7 +13,7 @@ import torch
 
 from celltron.cells import NO_LABEL, Batch, Loader, LoaderState, convert, open_cells, pad_batch
 from celltron.cells.corpus import Corpus, DataConfig, build_corpus, read_corpus
-from celltron.cells.open_cells import holds_cells, parse_storage
+from celltron.cells.open_cells import is_converted, parse_storage
 from celltron.core import (
     InputError,
     ProgressLine,
@@ -232,7 +232,7 @@ def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> 
     """Convert where needed, split, and make the tokeniser; a resumed run takes both from its checkpoint."""
     out = Path(config.out)
     sources = config.data.sources
-    is_store = all(holds_cells(source) for source in sources)
+    is_store = all(is_converted(source) for source in sources)
     paths = sources if is_store else (str(out / "cells.store"),)
     storage = parse_storage(config.data.storage)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anndata
 import pytest
 import yaml
 
@@ -24,10 +25,13 @@ LEFT_OUT = "tiny.yaml --data my_cells.store --out runs/several"
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, tiny_h5ad: Path, tiny_config: Path) -> Path:
+def desk(
+    tmp_path_factory: pytest.TempPathFactory, tiny_cells: anndata.AnnData, tiny_h5ad: Path, tiny_config: Path
+) -> Path:
     """A folder with what the README's reader has: cells, and recipes whose model and batches are tiny."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copy(tiny_h5ad, folder / "my_cells.h5ad")
+    tiny_cells[:20].write_h5ad(folder / "more_cells.h5ad")
     shutil.copy(tiny_config, folder / "tiny.yaml")
     (folder / "recipes" / "configs").mkdir(parents=True)
     for path in (ROOT / "recipes").glob("*.py"):

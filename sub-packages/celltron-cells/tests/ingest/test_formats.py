@@ -20,7 +20,7 @@ def cells(real: anndata.AnnData) -> anndata.AnnData:
 def write_tenx_folder(path: Path, cells: anndata.AnnData) -> None:
     path.mkdir()
     scipy.io.mmwrite(path / "matrix.mtx", sp.coo_matrix(cells.X.T.astype(np.int64)))
-    (path / "barcodes.tsv").write_text("\n".join(cells.obs_names))
+    (path / "barcodes.tsv").write_text("".join(f"{name}\n" for name in cells.obs_names))
     genes = zip(cells.var_names, cells.var["gene_symbol"], strict=True)
     (path / "features.tsv").write_text("".join(f"{gene}\t{name}\tGene Expression\n" for gene, name in genes))
 

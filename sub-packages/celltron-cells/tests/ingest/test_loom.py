@@ -42,6 +42,7 @@ def write_loom(path: Path, counts: np.ndarray, *, version: str = "3.0.0", layers
         file.create_dataset("col_attrs/CellID", data=words(CELLS[: len(counts)]), dtype=text)
         file.create_dataset("col_attrs/Kind", data=words(["T & <b> β"] * len(counts)), dtype=text)
         file["col_attrs/Age"] = np.arange(len(counts), dtype=np.int16)
+        file["col_attrs/Pairs"] = np.zeros(len(counts), dtype=[("x", "i4"), ("y", "f4")])  # the format knows none
         file["col_attrs/Embedding"] = np.arange(len(counts) * 2.0).reshape(-1, 2)
         file.create_dataset("row_attrs/Gene", data=words([f"name {i}" for i in range(counts.shape[1])]), dtype=text)
         file.create_dataset("row_attrs/Accession", data=words(GENES[: counts.shape[1]]), dtype=text)
@@ -73,6 +74,17 @@ def test_any_storage(tmp_path: Path, read_source, storage: str, block_values: in
     with open_file(write_loom(tmp_path / "a.loom", counts, **STORAGE[storage])) as source:
         assert source.shape == (150, 90) and source.matrix_name == "matrix"
         assert (read_source(source) != sp.csr_matrix(counts)).nnz == 0
+
+
+@pytest.mark.parametrize("storage", ["flat", "whole rows"])
+def test_the_head_is_no_whole_file(tmp_path: Path, storage: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(anndata_matrix, "BLOCK_VALUES", 200)
+    monkeypatch.setattr(anndata_matrix, "RUN_VALUES", 1000)
+    counts = some_counts()
+    with open_file(write_loom(tmp_path / "a.loom", counts, **STORAGE[storage])) as source:
+        head = source.head(10)
+    found = sp.csr_matrix((head.values, head.columns, head.indptr), shape=(len(head.indptr) - 1, 90)).toarray()
+    assert np.array_equal(found[:, :6], counts[: len(found), :6]) and not found[:, 6:].any() and found.any()
 
 
 def test_a_chunk_is_unpacked_once_for_each_block(tmp_path: Path, read_source, monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -200,8 +212,16 @@ def test_cut_and_damaged_files(tmp_path: Path, read_source) -> None:  # type: ig
 
 def test_parts_that_do_not_fit(tmp_path: Path) -> None:
     for name, array, sentence in (
-        ("col_attrs/Age", np.arange(3), "col_attrs/Age has the shape .3,. for 150 rows"),
-        ("row_attrs/Gene", np.arange(3), "row_attrs/Gene has the shape .3,. for 90 rows"),
+        (
+            "col_attrs/Age",
+            np.arange(3),
+            "col_attrs/Age is int64 of the shape .3,., wanted texts or numbers for 150 rows",
+        ),
+        (
+            "row_attrs/Gene",
+            np.arange(3),
+            "row_attrs/Gene is int64 of the shape .3,., wanted texts or numbers for 90 rows",
+        ),
         ("matrix", np.zeros(5), "matrix is no matrix of numbers"),
         ("matrix", np.zeros((90, 0)), "a.loom"),
         ("layers/x", np.zeros((90, 149)), "layers/x is 149 x 90, but 150 cells and 90 genes are named"),

@@ -88,7 +88,7 @@ def test_what_scipy_writes(tmp_path: Path, field: str) -> None:
 
 def test_values_named_twice_add_up_and_large_ones_stay(tmp_path: Path) -> None:
     head = b"%%MatrixMarket matrix coordinate integer general\n3 2 4\n"
-    matrix = matrix_of(head + b"1 1 2\n1 1 3\n3 2 9007199254740991\n2 2 0", (2, 3))
+    matrix = matrix_of(head + b"1 1 2\n1 1 3\n3 2 9007199254740991\n2 2 0\n", (2, 3))
     matrix.prepare(tmp_path / "scratch", IDENTITY)
     assert rows(matrix).toarray().tolist() == [[5, 0, 0], [0, 0, 2**53 - 1]]
     matrix.close()
@@ -241,8 +241,14 @@ def test_a_bad_line_far_into_the_text_is_named(tmp_path: Path) -> None:
     counts = some_counts()
     lines = text_of(counts).splitlines()
     lines[200] = b"1 2 nothing"
-    matrix = matrix_of(b"\n".join(lines), counts.shape)
+    matrix = matrix_of(b"\n".join([*lines, b""]), counts.shape)
     with pytest.raises(InputError, match="line 201 of a.mtx is '1 2 nothing'"):
+        matrix.prepare(tmp_path / "scratch", IDENTITY)
+
+
+def test_a_last_number_may_not_be_cut(tmp_path: Path) -> None:
+    matrix = matrix_of(f"{HEAD}3 2 1\n1 1 1".encode(), (2, 3))  # of "1 1 17\n"
+    with pytest.raises(InputError, match="the last line of a.mtx has no end, so it may be truncated"):
         matrix.prepare(tmp_path / "scratch", IDENTITY)
 
 

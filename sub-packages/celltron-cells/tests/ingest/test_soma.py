@@ -104,7 +104,6 @@ def test_layers_and_raw(data, written, read_source) -> None:  # type: ignore[no-
         ("?columns=a", {}, "has the part 'columns=a': wanted each of measurement, layer at most once"),
         ("?layer=a&layer=b", {}, "has the part 'layer=b'"),
         ("?layer", {}, "has the part 'layer'"),
-        ("", {"storage": {"anno": True}}, "does not know the storage option 'anno'"),
     ],
 )
 def test_what_is_not_there(written: Path, query: str, options: dict[str, Any], sentence: str) -> None:
@@ -200,4 +199,27 @@ def test_settings_of_tiledb() -> None:
     found = tiledb_config("soma+s3://b/x", storage)
     assert found["vfs.s3.no_sign_request"] == "true" and found["vfs.s3.aws_access_key_id"] == "k"
     assert found["vfs.s3.endpoint_override"] == "127.0.0.1:5000" and found["vfs.s3.scheme"] == "http"
+    with pytest.raises(InputError, match="soma.s3://b/x does not know the storage option 'anno': wanted anon, key"):
+        open_it("soma+s3://b/x", storage={"anno": True})
     assert found["vfs.s3.region"] == "us-west-2" and int(found["soma.init_buffer_bytes"]) < 2**30
+
+
+def test_behind_an_address(written, data, read_source) -> None:  # type: ignore[no-untyped-def]
+    """A server of S3's protocol on this machine."""
+    moto, s3fs = pytest.importorskip("moto.server"), pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        storage: dict[str, Any] = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
+        fs = s3fs.S3FileSystem(**storage, skip_instance_cache=True)
+        fs.mkdir("bucket")
+        fs.put(str(written), "bucket/exp", recursive=True)
+        storage["vfs.s3.region"] = "us-east-1"
+        with open_it("soma+s3://bucket/exp?layer=data", storage=storage) as source:
+            assert (read_source(source) != sp.csr_matrix(data.X)).nnz == 0
+            assert source.identity()["files"] > 10
+        with pytest.raises(InputError, match="soma.s3://bucket/none holds no SOMA experiment"):
+            open_it("soma+s3://bucket/none", storage=storage)
+    finally:
+        server.stop()

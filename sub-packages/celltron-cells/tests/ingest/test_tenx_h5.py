@@ -123,7 +123,11 @@ def test_what_is_no_matrix(tmp_path: Path, real) -> None:  # type: ignore[no-unt
         ("matrix/shape", np.array([9, 6]), "a.h5 is .*damaged"),
         ("matrix/shape", np.array([8, 5]), "a.h5 is .*damaged"),
         ("matrix/shape", np.array([9]), "a.h5 is truncated or damaged"),
-        ("matrix/barcodes", np.array(["a"], dtype="S"), "barcodes has the shape .1,. for 5 rows"),
+        (
+            "matrix/barcodes",
+            np.array(["a"], dtype="S"),
+            "barcodes is .* of the shape .1,., wanted texts or numbers for 5 rows",
+        ),
         ("matrix/features/name", np.array(["a"], dtype="S"), r"lists of features have the lengths \[1, 9\]"),
         ("matrix/data", np.array([b"x"]), "data does not hold numbers"),
         ("matrix/indices", np.array([1]), "do not fit together"),

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from celltron.cells import collection, store_manifest, tar_format
+from celltron.cells import collection, tar_format
 from celltron.cells.collection import CellCollection
 from celltron.cells.reader import CellReader
 from celltron.cells.store import CellStore
@@ -14,10 +14,9 @@ from celltron.cells.tar_store import TarStore
 from celltron.core import MANIFEST_NAME, InputError
 
 
-def holds_cells(path: str) -> bool:
-    """Whether a path is that of a store, of tar shards or of a collection, and not of files to convert."""
-    formats = (store_manifest.FORMAT, tar_format.FORMAT, collection.FORMAT)
-    return is_address(path) and not Path(path).suffix or format_of(Path(path)) in formats
+def is_converted(path: str) -> bool:
+    """Whether a path names what :func:`open_cells` opens, or refuses with a reason, and not files to convert."""
+    return is_address(path) and not Path(path).suffix or format_of(Path(path)).startswith("celltron-")
 
 
 def is_address(path: str) -> bool:

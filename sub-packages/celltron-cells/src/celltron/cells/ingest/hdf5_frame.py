@@ -34,15 +34,13 @@ class DatasetFrame:
         self._name, self._decode = name, decode
         with reading(name):
             self._index = self._reader(index) if index is not None else _numbered
-            self._readers = {column: self._reader(dataset, column) for column, dataset in columns.items()}
+            self._readers = {column: self._reader(dataset) for column, dataset in columns.items()}
 
-    def _reader(self, dataset: h5py.Dataset, column: str = "") -> Reader:
-        if dataset.shape != (self.num_rows,):
-            raise damaged(self._name, f"{dataset.name} has the shape {dataset.shape} for {self.num_rows} rows")
-        read, note = _element_reader(dataset)
-        if note:
-            self.notes[column] = note
-        return read
+    def _reader(self, dataset: h5py.Dataset) -> Reader:
+        if dataset.shape != (self.num_rows,) or not is_plain(dataset):
+            kind = f"{dataset.dtype} of the shape {dataset.shape}"
+            raise damaged(self._name, f"{dataset.name} is {kind}, wanted texts or numbers for {self.num_rows} rows")
+        return _element_reader(dataset)[0]
 
     @property
     def columns(self) -> list[str]:
@@ -61,6 +59,11 @@ class DatasetFrame:
         with reading(self._name):
             array = read(start, self.num_rows if stop is None else min(stop, self.num_rows))
             return array if self._decode is None or array.type != pa.string() else self._decode(array)
+
+
+def is_plain(dataset: h5py.Dataset) -> bool:
+    """Whether a dataset holds numbers, truth values or texts."""
+    return dataset.dtype.kind in "iufb" or h5py.check_string_dtype(dataset.dtype) is not None
 
 
 def _numbered(start: int, stop: int) -> pa.Array:

@@ -16,10 +16,10 @@ from celltron.cells.ingest.anndata_matrix import DenseMatrix
 from celltron.cells.ingest.damage import damaged, reading
 from celltron.cells.ingest.hdf5_arrays import open_array
 from celltron.cells.ingest.hdf5_file import Hdf5File, open_hdf5
-from celltron.cells.ingest.hdf5_frame import DatasetFrame
+from celltron.cells.ingest.hdf5_frame import DatasetFrame, is_plain
 from celltron.cells.ingest.matrix_source import MatrixSource, looks_like_counts, refuse_raw
 from celltron.cells.ingest.row_arrays import RowArray
-from celltron.cells.ingest.source import ObsmArray, SourceOptions
+from celltron.cells.ingest.source import ObsmArray, RowBlock, SourceOptions
 from celltron.core import InputError
 
 CELL_NAMES = ("CellID", "obs_names", "cell_id", "cell_names", "barcode", "Barcode", "index")
@@ -33,8 +33,8 @@ def open_loom(spec: str, options: SourceOptions) -> MatrixSource:
 
     The matrix is stored genes x cells and not by rows; a block of cells is a run of whole chunks across all genes, and
     what lies otherwise is dealt out into rows first. Cells are named by the first of `CELL_NAMES` that there is, and
-    numbered without one; genes likewise by `GENE_NAMES`, and all attributes stay columns. Attributes of cells with
-    several numbers a cell, such as an embedding, are arrays of ``obsm``.
+    numbered without one, genes likewise by `GENE_NAMES`; all other attributes of numbers or texts, and the format knows
+    no others, stay columns. Attributes with several numbers a cell, such as an embedding, are arrays of ``obsm``.
     """
     hdf5 = open_hdf5(spec, options.storage)
     try:
@@ -83,7 +83,7 @@ def _nodes(root: h5py.File, group: str) -> dict[str, h5py.Dataset]:
 
 
 def _frame(hdf5: Hdf5File, nodes: Mapping[str, h5py.Dataset], num_rows: int, names: Sequence[str]) -> DatasetFrame:
-    columns = {name: node for name, node in nodes.items() if node.ndim == 1}
+    columns = {name: node for name, node in nodes.items() if node.ndim == 1 and is_plain(node)}
     index = next((columns.pop(name) for name in names if name in columns), None)
     is_old = _version(hdf5.root) < UNICODE_SINCE
     return DatasetFrame(hdf5.name, num_rows, index, columns, _without_entities if is_old else None)
@@ -121,13 +121,25 @@ class _Turned:
         return np.ascontiguousarray(self._array[columns, rows].T)
 
 
-def _matrix(hdf5: Hdf5File, name: str) -> DenseMatrix:
+class _GeneMajor(DenseMatrix):
+    """A dense matrix whose head, where its chunks are tall, is that of its first genes: of all it is the whole file."""
+
+    def head(self, num_values: int) -> RowBlock:
+        """The first rows; where these cut all chunks, all rows of the first genes."""
+        if not self._is_tall:
+            return super().head(num_values)
+        cells, genes, values = next(self._tiles())
+        ends = np.cumsum(np.bincount(cells, minlength=1))
+        return RowBlock(start=0, indptr=np.concatenate([[0], ends]), columns=genes, values=values)
+
+
+def _matrix(hdf5: Hdf5File, name: str) -> _GeneMajor:
     dataset = hdf5.root[name]
     if dataset.ndim != 2 or dataset.dtype.kind not in "iufb":
         raise damaged(hdf5.name, f"{name} is no matrix of numbers (shape {dataset.shape}, type {dataset.dtype})")
     # What lies flat lies by genes: like chunks as long as a row and one gene high.
     chunks = dataset.chunks or (1, dataset.shape[1])
-    return DenseMatrix(_Turned(open_array(dataset, hdf5.bytes)), chunks[::-1], (hdf5.name, name))
+    return _GeneMajor(_Turned(open_array(dataset, hdf5.bytes)), chunks[::-1], (hdf5.name, name))
 
 
 def _advice(hdf5: Hdf5File, chosen: str, layers: Mapping[str, h5py.Dataset]) -> str:

@@ -127,6 +127,7 @@ class MtxMatrix:
         with reading(self._name), self._open_text() as stream:
             num_lines = _read_header(stream, self._name).num_lines
             while text := _whole_lines(stream, TEXT_BYTES):
+                check_end(text, self._name)
                 yield _Chunk(text, num_lines)
                 num_lines += text.count(b"\n")
 
@@ -231,6 +232,14 @@ def _whole_lines(stream: BinaryIO, num_bytes: int) -> bytes:
     """About so many bytes up to the end of a line."""
     text = stream.read(num_bytes)
     return text + stream.readline(LONGEST_LINE) if text and not text.endswith(b"\n") else text
+
+
+def check_end(text: bytes, name: str) -> None:
+    """Refuse text whose last line has no end: a number or name may have been cut there, and nothing else would show."""
+    if not text.endswith(b"\n"):
+        raise InputError(
+            f"the last line of {name} has no end, so it may be truncated: copy it again, or end the line if it is whole"
+        )
 
 
 def _append(file: BinaryIO, array: npt.NDArray[Any]) -> None:

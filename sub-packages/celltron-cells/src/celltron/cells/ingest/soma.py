@@ -117,7 +117,8 @@ def open_experiment(spec: str, uri: str, storage: Mapping[str, Any] | None) -> A
         raise InputError(f"{spec} needs tiledbsoma: pip install 'celltron-cells[soma]'") from error
     if not is_address(uri) and not os.path.isdir(uri):
         raise InputError(f"no folder at {uri}: wanted a SOMA experiment, check the name")
-    context = tiledbsoma.SOMATileDBContext(tiledb_config=tiledb_config(spec, storage))
+    config = tiledb_config(spec, storage if is_address(uri) else None)
+    context = tiledbsoma.SOMATileDBContext(tiledb_config=config)
     try:
         with soma_reading(spec):
             found = tiledbsoma.open(uri, context=context)

@@ -1,6 +1,7 @@
 """A Cell Ranger folder of counts as text (matrix.mtx, barcodes.tsv, features.tsv or genes.tsv) as a source."""
 
 import gzip
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,15 @@ import pyarrow.csv as pa_csv
 
 from celltron.cells.ingest.damage import damaged, reading
 from celltron.cells.ingest.matrix_source import MatrixSource, refuse_raw
-from celltron.cells.ingest.mtx import MtxMatrix
-from celltron.cells.ingest.remote import identity_of, is_address, network, open_file_system
+from celltron.cells.ingest.mtx import MtxMatrix, check_end
+from celltron.cells.ingest.remote import BlockReader, RemoteFile, is_address, network, open_file_system
 from celltron.cells.ingest.source import ArrowFrame, SourceOptions
 from celltron.cells.ingest.tenx_features import Features, keep_columns, select_genes
 from celltron.core import InputError
 
 ROLES = {"matrix.mtx": "matrix", "barcodes.tsv": "barcodes", "features.tsv": "features", "genes.tsv": "features"}
 WANTED = "matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), each as it is or with .gz, under one prefix"
-READ_AHEAD_BYTES = 2**22  # of a file behind an address, which is read from front to back
+READ_AHEAD_BYTES = 2**21  # of a file behind an address
 
 
 def open_tenx_folder(spec: str, options: SourceOptions) -> MatrixSource:
@@ -38,11 +39,11 @@ def open_tenx_folder(spec: str, options: SourceOptions) -> MatrixSource:
     files = _Files.find(spec, options.storage)
     barcodes = _read_table(files, "barcodes")
     features = _features(_read_table(files, "features"))
-    var, places = select_genes(features, options.layer, files.name("features"))
-    matrix = MtxMatrix(files.name("matrix"), lambda: files.open("matrix"), (len(barcodes[0]), len(features.ids)))
+    var, places = select_genes(features, options.layer, files.names["features"])
+    matrix = MtxMatrix(files.names["matrix"], lambda: files.open("matrix"), (len(barcodes[0]), len(features.ids)))
     return MatrixSource(
         name=spec,
-        matrix_name=os.path.basename(files.paths["matrix"]),
+        matrix_name=os.path.basename(files.names["matrix"]),
         matrix=keep_columns(matrix, places, spec),
         obs=ArrowFrame(barcodes[0], {}),
         var=var,
@@ -89,11 +90,10 @@ def _choose_set(folder: str, names: Sequence[str], matrix: str) -> dict[str, str
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """The three files by role; ``fs`` is the file system of an address, None here."""
+    """The paths or addresses of the three files by role, and the options for the file system of addresses."""
 
-    paths: dict[str, str]
-    fs: Any = None
-    scheme: str = ""
+    names: dict[str, str]
+    storage: Mapping[str, Any] | None
 
     @classmethod
     def find(cls, spec: str, storage: Mapping[str, Any] | None) -> "_Files":
@@ -102,51 +102,48 @@ class _Files:
             fs, path = open_file_system(spec, storage)
             with network(spec):
                 is_folder = fs.isdir(path)
-                folder, matrix = (path, "") if is_folder else path.rsplit("/", 1)
-                names = [str(entry["name"]).rsplit("/", 1)[-1] for entry in fs.ls(folder, detail=True)]
-            chosen = _choose_set(spec, names, matrix)
-            scheme = spec.split("://")[0]
-            return cls({role: f"{folder.rstrip('/')}/{name}" for role, name in chosen.items()}, fs, f"{scheme}://")
-        if not os.path.exists(spec):
+                inside = path if is_folder else path.rpartition("/")[0]
+                there = [str(entry["name"]).rsplit("/", 1)[-1] for entry in fs.ls(inside, detail=True)]
+            folder = spec.rstrip("/") if is_folder else spec.rpartition("/")[0]
+            matrix = "" if is_folder else spec.rpartition("/")[2]
+        elif os.path.exists(spec):
+            folder, matrix = (spec, "") if os.path.isdir(spec) else os.path.split(spec)
+            there = sorted(os.listdir(folder or "."))
+        else:
             raise InputError(f"no folder at {spec}: wanted {WANTED}; check the name")
-        folder, matrix = (spec, "") if os.path.isdir(spec) else os.path.split(spec)
-        chosen = _choose_set(folder or ".", sorted(os.listdir(folder or ".")), matrix)
-        return cls({role: os.path.join(folder, name) for role, name in chosen.items()})
-
-    def name(self, role: str) -> str:
-        """How the user knows a file."""
-        return f"{self.scheme}{self.paths[role]}"
+        chosen = _choose_set(folder or ".", there, matrix)
+        return cls({role: os.path.join(folder, name) for role, name in chosen.items()}, storage)
 
     def open(self, role: str) -> BinaryIO:
         """The content of a file, unpacked."""
-        path = self.paths[role]
-        if self.fs is None:
-            return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else Path(path).open("rb")
-        with network(self.name(role)):
-            raw = self.fs.open(path, "rb", block_size=READ_AHEAD_BYTES)
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else cast(BinaryIO, raw)
+        name = self.names[role]
+        is_packed = name.endswith(".gz")
+        if not is_address(name):
+            return cast(BinaryIO, gzip.open(name)) if is_packed else Path(name).open("rb")
+        raw = io.BufferedReader(BlockReader(RemoteFile(name, self.storage)), READ_AHEAD_BYTES)
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if is_packed else raw
 
     def identity(self) -> dict[str, Any]:
         """Bytes of the three files, and bytes and time of change (or ETag) of each."""
-        found = {}
-        for role, path in self.paths.items():
-            if self.fs is None:
-                status = os.stat(path)
-                found[role] = {"bytes": status.st_size, "changed": str(status.st_mtime_ns)}
-            else:
-                with network(self.name(role)):
-                    found[role] = identity_of(self.fs.info(path))
+        found = {role: self._identity(name) for role, name in self.names.items()}
         return {"bytes": sum(entry["bytes"] or 0 for entry in found.values()), "files": found}
+
+    def _identity(self, name: str) -> dict[str, Any]:
+        if is_address(name):
+            return RemoteFile(name, self.storage).identity
+        status = os.stat(name)
+        return {"bytes": status.st_size, "changed": str(status.st_mtime_ns)}
 
 
 def _read_table(files: _Files, role: str) -> list[pa.Array]:
     """The columns of a table without a head, as text."""
-    name = files.name(role)
+    name = files.names[role]
     with reading(name), files.open(role) as stream:
-        content = pa.py_buffer(stream.read())
-    first = bytes(content[: 2**16]).split(b"\n", 1)[0]
+        content = stream.read()
+    first = content.split(b"\n", 1)[0]
     if not first.strip():
         raise InputError(f"{name} begins with an empty line or is empty: wanted a name on each line, copy it again")
+    check_end(content, name)
     columns = [str(k) for k in range(first.count(b"\t") + 1)]
     with reading(name):
         table = pa_csv.read_csv(
@@ -155,7 +152,7 @@ def _read_table(files: _Files, role: str) -> list[pa.Array]:
             parse_options=pa_csv.ParseOptions(delimiter="\t", quote_char=False),
             convert_options=pa_csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string())),
         )
-        if table.num_rows != bytes(content).rstrip().count(b"\n") + 1:
+        if table.num_rows != content.rstrip().count(b"\n") + 1:
             raise damaged(name, "it has empty lines")
     return [column.combine_chunks() for column in table.columns]
 
