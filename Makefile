@@ -1,4 +1,4 @@
-# make quickstart | test | lint | types | layering | venv | clean
+# make quickstart | test | lint | types | layering | venv | bench-env | clean
 #   PYTHON=python3.11   the interpreter that makes .venv
 #   DEVICE=cuda         quickstart on a GPU
 
@@ -6,11 +6,12 @@ PYTHON ?= python3
 DEVICE ?= cpu
 
 VENV := .venv
+BENCH_VENV := .venv-bench
 STAMP := $(VENV)/installed
 PARTS := $(wildcard sub-packages/*/pyproject.toml)
 CI := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ci/run.sh
 
-.PHONY: quickstart test lint types layering venv clean
+.PHONY: quickstart test lint types layering venv bench-env clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/python recipes/quickstart.py --device $(DEVICE)
@@ -33,7 +34,15 @@ $(STAMP): pyproject.toml constraints.txt $(PARTS)
 	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt $(PARTS:%/pyproject.toml=-e ./%) -e '.[dev]'
 	@touch $@
 
+# What recipes/benchmarks compares celltron with, in an environment of its own.
+bench-env: $(BENCH_VENV)/installed
+
+$(BENCH_VENV)/installed: recipes/benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --no-compile -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build quickstart .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) build quickstart .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -prune -exec rm -rf {} +

@@ -78,6 +78,42 @@ def test_equals_a_matrix_product(seed: int, num_rows: int, num_columns: int, num
     assert not room.sums.any() and not room.seen.any()
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), num_rows=st.integers(0, 6), dtype=st.sampled_from(["<f4", "<f8", "<i4", "<u2"]))
+def test_plain_rows_are_mapped_as_all_others(seed: int, num_rows: int, dtype: str) -> None:
+    """Rising columns and small counts, zeros and unmapped columns among them."""
+    random = np.random.default_rng(seed)
+    dense = random.integers(0, 3, (num_rows, 50)) * random.integers(1, 40_000, (num_rows, 50))
+    csr = sp.csr_matrix(dense.astype(np.float64))
+    csr.data[random.random(csr.nnz) < 0.1] = 0.0
+    genes = np.where(random.random(50) < 0.2, -1, np.arange(50)).astype(np.int32)
+    block = block_of(list(csr.indptr), csr.indices.astype(np.int32), np.minimum(csr.data, 65_535).astype(dtype))
+    rows = map_rows(block, genes, make_room(50))
+    assert isinstance(rows, MappedRows)
+    assert num_rows == 0 or rows.genes.dtype == rows.counts.dtype == np.uint16
+    other = map_rows(block, genes, make_room(70_000))  # too many genes for the plain kernel
+    assert isinstance(other, MappedRows) and other.genes.dtype == np.int32
+    for ours, theirs in zip(rows, other, strict=True):
+        assert np.array_equal(ours, theirs)
+    stored = sp.csr_matrix((block.values.astype(float), csr.indices, csr.indptr), shape=csr.shape).toarray()
+    kept = np.where(genes >= 0, stored, 0.0)
+    assert np.array_equal(dense_of(rows, 50), kept)
+    assert np.array_equal(rows.totals, stored.sum(1)) and rows.unmapped == stored.sum() - kept.sum()
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, np.nan, np.inf, -np.inf, 65_536.0, 1e-60])
+def test_one_value_that_is_not_plain(value: float) -> None:
+    """It is found wherever it stands among values that are compared many at once."""
+    for place in (0, 7, 16, 32):
+        values = np.ones(33)
+        values[place] = value
+        rows = map_rows(block_of([0, 33], np.arange(33), values), np.arange(33, dtype=np.int32), make_room(33))
+        if value == 65_536.0:
+            assert isinstance(rows, MappedRows) and rows.types.counts == "uint32" and rows.counts[place] == value
+        else:
+            assert isinstance(rows, BadValue) and (rows.row, rows.place) == (0, place)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32, np.int64, np.uint64, np.float64, np.bool_])
 @pytest.mark.parametrize("index_dtype", [np.int32, np.int64, np.uint16])
 def test_every_type_of_number(dtype: type, index_dtype: type) -> None:

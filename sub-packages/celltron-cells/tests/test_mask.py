@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celltron.cells import NO_LABEL, Masking, apply_masking
-from celltron.cells.mask import DRAWS_PER_PLACE, MASK_STREAM
+from celltron.cells.mask import FATE_DRAWS, MASK_STREAM
 from celltron.core import InputError, Vocabulary, key_from, uniform_bits
 
 GENES = Vocabulary.from_genes([f"G{i}" for i in range(500)], with_cls_eos=True)
@@ -50,14 +50,19 @@ def test_historical_is_80_2_18() -> None:
     assert (masking.probability, masking.mask_share, masking.random_share) == (0.15, 0.8, 0.02)
 
 
+def halves_of(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper 32 bits of words, as numbers below 1."""
+    return (words & np.uint64(2**32 - 1)) * 2.0**-32, (words >> np.uint64(32)) * 2.0**-32
+
+
 def test_draws_are_those_of_core() -> None:
     """The kernel's generator is `celltron.core.uniform_bits`, place by place."""
     lengths = np.array([40], dtype=np.int32)
     tokens = np.arange(4, 44, dtype=np.int32)
     seen, labels = apply_masking(tokens, lengths, np.array([17]), GENES, Masking(), seed=5, epoch=3)
     key = key_from(MASK_STREAM, 5, 3, 17)
-    draws = (uniform_bits(key, np.arange(40 * DRAWS_PER_PLACE)) >> np.uint64(11)) * 2.0**-53
-    select, fate, gene = draws.reshape(40, DRAWS_PER_PLACE).T
+    select = np.ravel(np.stack(halves_of(uniform_bits(key, np.arange(20))), axis=1))
+    gene, fate = halves_of(uniform_bits(key, FATE_DRAWS + np.arange(40)))
     expected = np.where(fate < 0.8, GENES.mask_id, np.where(fate < 0.9, 4 + (gene * 500).astype(int), tokens))
     assert np.array_equal(labels, np.where(select < 0.15, tokens, NO_LABEL))
     assert np.array_equal(seen, np.where(select < 0.15, expected, tokens))

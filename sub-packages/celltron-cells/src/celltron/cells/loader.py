@@ -12,6 +12,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from celltron.cells.array_pool import ArrayPool
 from celltron.cells.batch import NO_LABEL, Batch
 from celltron.cells.block_order import BlockOrder
 from celltron.cells.mask import Masking, mask_rows
@@ -23,7 +24,7 @@ from celltron.cells.token_rows import copy_tokens
 from celltron.cells.tokenize import RankTokenizer
 from celltron.core import InputError
 
-CELLS_AT_ONCE = 512
+CELLS_AT_ONCE = 2048
 """About so many cells of a rank are tokenised and masked in one call."""
 
 
@@ -104,6 +105,7 @@ class Loader:
         self.cache: TokenCache | None = open_or_build_cache(store, tokenizer, cache) if cache else None
         self._batches_at_once = max(1, CELLS_AT_ONCE * world_size // cells_per_batch)
         self._pool: ThreadPoolExecutor | None = None
+        self._arrays = ArrayPool(2 * (prefetch + 2))
         self._ready: deque[tuple[LoaderState, Batch]] = deque()
         self._ahead: deque[tuple[list[LoaderState], Future[list[Batch]]]] = deque()
         self._window = (-1, -1)
@@ -204,13 +206,14 @@ class Loader:
     def make_batch(self, cells: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> Batch:
         """The batch of the given cells as they come in the given epochs (int64 [C] each)."""
         rows = (self.cache or self.tokenizer).encode(self.store, cells)
+        tokens, labels = self._arrays.empty(rows.num_tokens), self._arrays.empty(rows.num_tokens)
         if self.masking is None:
-            tokens = copy_tokens(rows)
-            return Batch(tokens, np.full(len(tokens), NO_LABEL, dtype=np.int32), rows.lengths, cells, epochs)
-        seen, labels = mask_rows(
-            rows, cells, self.tokenizer.vocabulary, self.masking, seed=self.order.seed, epoch=epochs
-        )
-        return Batch(seen, labels, rows.lengths, cells, epochs)
+            copy_tokens(rows, tokens)
+            labels.fill(NO_LABEL)
+        else:
+            seed, vocabulary = self.order.seed, self.tokenizer.vocabulary
+            mask_rows(rows, cells, vocabulary, self.masking, seed=seed, epoch=epochs, out=(tokens, labels))
+        return Batch(tokens, labels, rows.lengths, cells, epochs)
 
     def close(self) -> None:
         """Stop the threads; the state stays."""

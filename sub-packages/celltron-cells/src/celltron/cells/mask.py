@@ -18,7 +18,10 @@ from celltron.core import InputError, Vocabulary, keys_from
 
 MASK_STREAM = 2
 """First word of the masks' keys; see `celltron.cells.sampler.ORDER_STREAM`."""
-DRAWS_PER_PLACE = 3
+FATE_DRAWS = 1 << 32
+"""Words of 64 bits from here on decide what a selected place shows: the upper half its fate, the lower half the random
+gene. The words before select, each for two places, the lower half for the first."""
+HALF_RANGE = 2.0**32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,23 +58,40 @@ class _Ids(NamedTuple):
     mask: int
 
 
+class _Below(NamedTuple):
+    """Of 2^32 draws how many select, of those how many show the mask token, how many that or a random gene."""
+
+    selected: int
+    mask: int
+    random: int
+
+
 @compiled
-def _copy_and_draw(
-    source: npt.NDArray[Any],
-    seen: npt.NDArray[np.int32],
-    labels: npt.NDArray[np.int32],
-    is_chosen: npt.NDArray[np.uint8],
-    key: np.uint64,
-    below: np.uint64,
-    first_gene: int,
-) -> None:
-    """Copy a cell, no place labelled, and draw which of its gene tokens are selected."""
+def _copy(source: npt.NDArray[Any], seen: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]) -> None:
+    """Copy a cell, no place labelled."""
     for i in range(source.shape[0]):
         seen[i] = source[i]
         labels[i] = NO_LABEL
+
+
+@compiled
+def _select(
+    source: npt.NDArray[Any],
+    key: np.uint64,
+    num_below: int,
+    first_gene: int,
+    words: npt.NDArray[np.uint64],
+    is_chosen: npt.NDArray[np.uint8],
+) -> None:
+    """Draw which gene tokens of a cell are selected: those whose 32 bits are below ``num_below``."""
+    for i in range((source.shape[0] + 1) // 2):
+        words[i] = bits_at(key, i)
+    draws = words.view(np.uint32)
+    largest = np.uint32(max(num_below, 1) - 1)
     for i in range(source.shape[0]):
-        is_below = bits_at(key, i * DRAWS_PER_PLACE) >> np.uint64(11) < below
-        is_chosen[i] = np.uint8(is_below & (np.int64(source[i]) >= first_gene))
+        is_chosen[i] = np.uint8((draws[i] <= largest) & (source[i] >= first_gene))
+    if num_below == 0:
+        is_chosen[:] = 0
 
 
 @compiled
@@ -91,21 +111,18 @@ def _hide(
     labels: npt.NDArray[np.int32],
     key: np.uint64,
     ids: _Ids,
-    mask_share: float,
-    mask_or_random_share: float,
+    below: _Below,
 ) -> None:
     """Label the selected places of a cell, and show there the mask token, a random gene, or the gene itself."""
-    unit = 2.0**-53
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
     for place in places:
-        counter = int(place) * DRAWS_PER_PLACE
-        token = seen[place]
-        labels[place] = token
-        fate = np.float64(bits_at(key, counter + 1) >> np.uint64(11)) * unit
-        draw = np.float64(bits_at(key, counter + 2) >> np.uint64(11)) * unit
-        if fate < mask_share:
+        labels[place] = seen[place]
+        bits = bits_at(key, FATE_DRAWS + int(np.int64(place)))
+        fate = np.int64(bits >> half)
+        if fate < below.mask:
             seen[place] = ids.mask
-        elif fate < mask_or_random_share:
-            seen[place] = ids.first_gene + np.int32(draw * ids.num_genes)
+        elif fate < below.random:
+            seen[place] = ids.first_gene + np.int64((bits & low) * np.uint64(ids.num_genes) >> half)
 
 
 @compiled
@@ -114,15 +131,13 @@ def _mask_kernel(
     token_like: npt.NDArray[Any],
     keys: npt.NDArray[np.uint64],
     ids: _Ids,
-    shares: tuple[float, float, float],
+    below: _Below,
     out: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]],
 ) -> None:
     addresses, lengths = rows
     all_seen, all_labels = out
-    probability, mask_share, random_share = shares
-    # (bits >> 11) x 2^-53 < probability, in whole numbers: this draw is taken for every token.
-    below = np.uint64(np.ceil(probability / 2.0**-53))
     longest = lengths.max() if lengths.shape[0] else 0
+    words = np.empty((longest + 1) // 2, dtype=np.uint64)
     is_chosen, places = np.empty(longest, dtype=np.uint8), np.empty(longest, dtype=np.uint32)
     end = np.int64(0)
     for cell in range(lengths.shape[0]):
@@ -130,9 +145,10 @@ def _mask_kernel(
         begin, end = end, end + length
         source = array_at(addresses[cell], int(length), token_like)
         seen, labels = all_seen[begin:end], all_labels[begin:end]
-        _copy_and_draw(source, seen, labels, is_chosen, keys[cell], below, ids.first_gene)
+        _copy(source, seen, labels)
+        _select(source, keys[cell], below.selected, ids.first_gene, words, is_chosen[:length])
         num_chosen = _list_chosen(is_chosen[:length], places)
-        _hide(places[:num_chosen], seen, labels, keys[cell], ids, mask_share, mask_share + random_share)
+        _hide(places[:num_chosen], seen, labels, keys[cell], ids, below)
 
 
 def mask_rows(
@@ -143,15 +159,16 @@ def mask_rows(
     *,
     seed: int,
     epoch: int | npt.NDArray[np.int64],
+    out: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """`apply_masking` to tokens where they lie."""
+    """`apply_masking` to tokens where they lie; fills ``out``, two arrays [T], if it is given."""
     keys = np.atleast_1d(keys_from(MASK_STREAM, seed, epoch, np.asarray(cells, dtype=np.int64)))
-    num_tokens = int(rows.lengths.sum(dtype=np.int64))
-    seen, labels = np.empty(num_tokens, dtype=np.int32), np.empty(num_tokens, dtype=np.int32)
+    seen, labels = out or (np.empty(rows.num_tokens, dtype=np.int32), np.empty(rows.num_tokens, dtype=np.int32))
     first, last = vocabulary.first_gene_id, len(vocabulary)
     ids = _Ids(first, last - first, vocabulary.mask_id)
-    shares = (masking.probability, masking.mask_share, masking.random_share)
-    _mask_kernel((rows.addresses, rows.lengths), like(rows.dtype), keys, ids, shares, (seen, labels))
+    shares = (masking.probability, masking.mask_share, min(1.0, masking.mask_share + masking.random_share))
+    below = _Below(*(round(share * HALF_RANGE) for share in shares))
+    _mask_kernel((rows.addresses, rows.lengths), like(rows.dtype), keys, ids, below, (seen, labels))
     return seen, labels
 
 

@@ -24,6 +24,11 @@ class TokenRows(NamedTuple):
     dtype: str
     memory: tuple[object, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.lengths.sum(dtype=np.int64))
+
 
 @compiled
 def _copy(
@@ -38,8 +43,8 @@ def _copy(
         out[begin:end] = array_at(addresses[cell], int(lengths[cell]), token_like)
 
 
-def copy_tokens(rows: TokenRows) -> npt.NDArray[np.int32]:
-    """The tokens of all cells one after the other, int32 [T]."""
-    tokens = np.empty(int(rows.lengths.sum(dtype=np.int64)), dtype=np.int32)
+def copy_tokens(rows: TokenRows, out: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.int32]:
+    """The tokens of all cells one after the other, int32 [T], in new memory or in ``out``."""
+    tokens = np.empty(rows.num_tokens, dtype=np.int32) if out is None else out
     _copy(rows.addresses, rows.lengths, like(rows.dtype), tokens)
     return tokens

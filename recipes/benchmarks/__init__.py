@@ -1,0 +1,1 @@
+"""Measurements against other programs, each with its results in RESULTS.md."""
