@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from celltron.core import InputError, __version__, config_to_dict, parse_arguments, run_command, write_atomically
+from celltron.recipes.benchmarks.bench_machine import describe_commit, describe_machine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -347,33 +348,6 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
                 ratio = ours["cells_per_second"]["median"] / best["cells_per_second"]["median"]
                 found[f"{ours['label']} / {whom}"] = {"ratio": ratio, "fastest": best["label"]}
     return found
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, system, Python."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": models[0] if models else os.uname().machine,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{os.uname().sysname} {os.uname().release}",
-        "python": sys.version.split()[0],
-    }
-
-
-def describe_commit() -> str:
-    """The commit of the checkout, and whether files were changed since; "unknown" outside of one."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(HERE), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from celltron.cells.gene_map import ENSEMBL_PREFIX, GeneColumn, GeneFinder, GeneList, Species
-from celltron.cells.ingest.checks import check_cell_ids, describe_bad_value
+from celltron.cells.ingest.checks import describe_bad_value
 from celltron.cells.ingest.source import HEAD_VALUES, Source
 from celltron.cells.map_rows import check_values
 from celltron.cells.obs_schema import ObsColumns, ObsSchema, look_at_obs
@@ -46,7 +46,7 @@ class ConvertOptions:
     """Accept values that are not whole numbers; they are stored as float32."""
     keep_unmapped: bool = False
     """Keep genes without an Ensembl id, under the name they have."""
-    shard_cells: int = 65536
+    shard_cells: int = 2**15
     """Cells in one shard."""
 
     def __post_init__(self) -> None:
@@ -193,7 +193,6 @@ def _look_at(pool: SourcePool, options: ConvertOptions, finder: GeneFinder, i: i
             obs=look_at_obs(source, options.obs_columns, options.obsm),
             identity=source.identity(),
         )
-        check_cell_ids(source)
         _check_head(source, options.allow_floats)
     return look
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from celltron.cells.convert_plan import Plan
-from celltron.cells.ingest.checks import describe_bad_value
+from celltron.cells.ingest.checks import check_cell_ids, describe_bad_value
 from celltron.cells.map_rows import BadValue, MappedRows, Types, make_room, map_rows, widest
 from celltron.cells.shard import shard_folder
 from celltron.cells.source_pool import SourcePool
@@ -155,7 +155,20 @@ def write_shards(plan: Plan, pool: SourcePool, place: Workplace, *, workers: int
     cells_kept, num_kept = done, len(records)
     missing = [shard for shard in plan.shards if shard not in records]
     _prepare(plan, pool, missing, workers)
-    records |= dict(_in_threads(partial(_write_shard, plan, pool, place), missing, workers, tell))
+    num_sources = len(pool.specs)
+
+    def work(job: int, tell: Tell) -> ShardRecord | None:
+        if job >= num_sources:
+            return _write_shard(plan, pool, place, job - num_sources, tell)
+        # Reading all names takes long; shards are written beside it.
+        with pool.use(job) as source:
+            check_cell_ids(source)
+        return None
+
+    jobs = [*range(num_sources), *(num_sources + shard for shard in missing)]
+    for job, record in _in_threads(work, jobs, workers, tell):
+        if record is not None:
+            records[job - num_sources] = record
     num_cells = np.zeros(len(plan.genes), dtype=np.int64)
     for shard in plan.shards:
         num_cells += np.fromfile(place.num_cells_path(shard), dtype="<i8")

@@ -24,7 +24,7 @@ from celltron.cells.token_rows import copy_tokens
 from celltron.cells.tokenize import RankTokenizer
 from celltron.core import InputError
 
-CELLS_AT_ONCE = 2048
+CELLS_AT_ONCE = 4096
 """About so many cells of a rank are tokenised and masked in one call."""
 
 

@@ -225,6 +225,23 @@ def _are_small_counts(columns: npt.NDArray[Any], values: npt.NDArray[Any], num_c
 
 
 @compiled
+def _keep_some(
+    columns: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    gene_of_column: npt.NDArray[np.int32],
+    genes: npt.NDArray[np.uint16],
+    counts: npt.NDArray[np.uint16],
+) -> int:
+    """Write the genes and counts of a row's values that a gene takes and that are not zero; returns their number."""
+    num = np.uint64(0)
+    for i in range(columns.shape[0]):  # without a branch, which could not be predicted
+        gene, count = gene_of_column[np.uint64(columns[i])], np.int32(values[i])
+        genes[num], counts[num] = np.uint16(gene), np.uint16(count)
+        num += np.uint64((gene >= 0) & (count > 0))
+    return int(num)
+
+
+@compiled
 def _falls(genes: npt.NDArray[np.uint16]) -> bool:
     """Whether a gene is not above the one before it."""
     falls = False
@@ -244,28 +261,21 @@ def _sum(counts: npt.NDArray[Any]) -> int:
 
 @compiled
 def _map_plain_rows(source: _Block, out: _Rows) -> float:
-    """Fill ``out``; returns the sum that no gene took, -1 where a row is not plain.
-
-    Loops without a branch, which could not be predicted; those that can are kept apart to be vectorised.
-    """
-    indptr, gene_of_column = source.indptr, source.gene_of_column
-    genes, counts = out.genes, out.counts
-    unmapped = 0
-    end = np.uint64(0)
-    for row in range(indptr.shape[0] - 1):
-        columns, values = source.columns[indptr[row] : indptr[row + 1]], source.values[indptr[row] : indptr[row + 1]]
-        if not _are_small_counts(columns, values, gene_of_column.shape[0]):
+    """Fill ``out``; returns the sum that no gene took, -1 where a row is not plain."""
+    unmapped = end = 0
+    for row in range(source.indptr.shape[0] - 1):
+        first, size = source.indptr[row], source.indptr[row + 1] - source.indptr[row]
+        columns, values = source.columns[first : first + size], source.values[first : first + size]
+        if not _are_small_counts(columns, values, source.gene_of_column.shape[0]):
             return -1.0
-        begin = end
-        for i in range(columns.shape[0]):
-            gene, count = gene_of_column[np.uint64(columns[i])], np.int32(values[i])
-            genes[end], counts[end] = np.uint16(gene), np.uint16(count)
-            end += np.uint64((gene >= 0) & (count > 0))
-        if _falls(genes[begin:end]):
+        genes, counts = out.genes[end : end + size], out.counts[end : end + size]
+        kept = _keep_some(columns, values, source.gene_of_column, genes, counts)
+        if _falls(genes[:kept]):
             return -1.0
         total = _sum(values)
+        end += kept
         out.ends[row], out.totals[row] = end, total
-        unmapped += total - _sum(counts[begin:end])
+        unmapped += total - _sum(counts[:kept])
     return float(unmapped)
 
 

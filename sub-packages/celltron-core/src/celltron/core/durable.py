@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_BEGIN_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -55,9 +56,14 @@ class HashedFile:
             self._stream.flush()
 
     def close(self) -> None:
-        """End the file."""
+        """End the file; its way to the disk begins, so that a sync later has less to wait for."""
         with name_file_in_errors(self.path):
-            self._stream.close()
+            try:
+                if not self._stream.closed:
+                    self._stream.flush()
+                    begin_writing_out(self._stream.fileno())
+            finally:
+                self._stream.close()
 
     def __enter__(self) -> "HashedFile":
         return self
@@ -73,6 +79,13 @@ class HashedFile:
     def entry(self) -> FileEntry:
         """Length and checksum of what was written."""
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
+def begin_writing_out(descriptor: int) -> None:
+    """Ask Linux to write a file's pages to the disk, and do not wait; other systems do so in their own time."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "sync_file_range"):
+        library.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _BEGIN_WRITING)
 
 
 def hash_file(path: Path) -> FileEntry:
