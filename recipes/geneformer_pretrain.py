@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from celltron.cells import NO_LABEL, Batch, Loader, LoaderState, convert, open_cells, pad_batch
+from celltron.cells import NO_LABEL, Batch, Loader, LoaderState, convert, cut_into_packs, open_cells, pad_batch
 from celltron.cells.corpus import Corpus, DataConfig, build_corpus, read_corpus
 from celltron.cells.open_cells import is_converted, parse_storage
 from celltron.core import (
@@ -31,6 +31,7 @@ from celltron.models.geneformer import (
     build_geneformer,
     masked_gene_loss,
 )
+from celltron.models.layers.packing import PackedCells
 from celltron.train.checkpoint import Checkpoints, find_checkpoint, load_training, read_run_state, verify_checkpoint
 from celltron.train.launch import Launch, choose_device, read_launch, start_process_group
 from celltron.train.loop import Job, LoopConfig, LossFunction, StepBatch, fit
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse_arguments(Config, sys.argv[1:] if arguments is None else arguments, flags=FLAGS).config
     launch = read_launch()
     device = choose_device(config.device, launch)
-    config.loop.num_micro_batches(config.parallel.data(launch.world_size))
+    config.loop.check_batches(config.parallel.data(launch.world_size))
     if config.precision == "fp64" and device.type != "cpu":
         raise InputError("precision is fp64, which is for proofs on a CPU; give --device cpu, or another --precision")
     start_process_group(launch, device)
@@ -179,10 +180,10 @@ def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
     return fit(config.loop, job, first_step=first_step)
 
 
-def forward_step(micro_batch: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+def forward_step(micro_batch: dict[str, Any], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
     """Join a micro-batch and the model: this stage's output, and what makes (sum, count) of the last stage's."""
-    output = model(micro_batch["tokens_BS"], micro_batch["is_padding_BS"], micro_batch["places_M"])
-    return output, partial(masked_gene_loss, labels_M=micro_batch["labels_M"])
+    inputs = {name: value for name, value in micro_batch.items() if name != "labels_M"}
+    return model(**inputs), partial(masked_gene_loss, labels_M=micro_batch["labels_M"])
 
 
 def claim_folder(config: Config, launch: Launch) -> Path | None:
@@ -339,24 +340,31 @@ def validation_batches(config: Config, corpus: Corpus, device: torch.device) -> 
 
 
 def make_step_batch(config: Config, corpus: Corpus, batch: Batch, device: torch.device) -> StepBatch:
-    """Cut a batch into padded micro-batches of cells of like length."""
-    pad_id = corpus.tokenizer.vocabulary.pad_id
-    micro_batches = []
-    num_places = 0
-    for part in batch.sorted_by_length().split(config.loop.micro_batch_size):
-        padded = pad_batch(part, pad_id=pad_id, multiple_of=config.padding_multiple)
-        places_M = np.flatnonzero(padded.labels_BS != NO_LABEL)
-        arrays = {
-            "tokens_BS": padded.tokens_BS,
-            "is_padding_BS": padded.is_padding_BS,
-            "places_M": places_M,
-            "labels_M": padded.labels_BS.ravel()[places_M],
-        }
-        micro_batches.append({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
-        num_places += padded.tokens_BS.size
+    """Cut a batch into micro-batches: cells packed without gaps, or padded ones of like length as the reference."""
+    how = {"pad_id": corpus.tokenizer.vocabulary.pad_id, "multiple_of": config.padding_multiple}
+    micro_batches: list[dict[str, Any]] = []
+    if config.loop.packing:
+        for pack in cut_into_packs(batch, config.loop.micro_batch_size * config.data.max_length, **how):
+            tensors = to_tensors({"tokens_BS": pack.tokens_T[None]}, pack.labels_T, device)
+            micro_batches.append(tensors | {"packed": PackedCells.of(pack.lengths.tolist(), device)})
+    else:
+        for part in batch.sorted_by_length().split(config.loop.micro_batch_size):
+            padded = pad_batch(part, **how)
+            inputs = {"tokens_BS": padded.tokens_BS, "is_padding_BS": padded.is_padding_BS}
+            micro_batches.append(to_tensors(inputs, padded.labels_BS.ravel(), device))
     return StepBatch(
-        micro_batches=micro_batches, num_cells=len(batch), num_tokens=int(batch.lengths.sum()), num_places=num_places
+        micro_batches=micro_batches,
+        num_cells=len(batch),
+        num_tokens=int(batch.lengths.sum()),
+        num_places=sum(micro_batch["tokens_BS"].numel() for micro_batch in micro_batches),
     )
+
+
+def to_tensors(inputs: dict[str, np.ndarray], labels: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
+    """The inputs, and of the labels those that there are and where: all that the head works on."""
+    places_M = np.flatnonzero(labels != NO_LABEL)
+    arrays = inputs | {"places_M": places_M, "labels_M": labels[places_M]}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def describe(config: Config, corpus: Corpus, launch: Launch, unigram_loss: float, first_step: int) -> str:

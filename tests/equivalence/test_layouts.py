@@ -25,6 +25,11 @@ WORLD_SIZES = {
     "dp2_zero": 2,
     "tp2_pp2": 4,
     "tp2_sp_pp2": 4,
+    "one_packed": 1,
+    "tp2_packed": 2,
+    "tp2_sp_packed": 2,
+    "pp2_packed": 2,
+    "dp2_packed": 2,
     "one_clipped": 1,
     "tp2_pp2_clipped": 4,
     "dp2_zero_clipped": 2,
@@ -34,7 +39,8 @@ WORLD_SIZES = {
     "tp2_dp2_dropout": 4,
     "tp2_sp_pp2_dropout": 4,
 }
-EXACT = ["tp2", "tp2_sp", "pp2", "dp2", "dp2_zero", "tp2_pp2", "tp2_sp_pp2"]
+PACKED = ["one_packed", "tp2_packed", "tp2_sp_packed", "pp2_packed", "dp2_packed"]
+EXACT = ["tp2", "tp2_sp", "pp2", "dp2", "dp2_zero", "tp2_pp2", "tp2_sp_pp2", *PACKED]
 
 # Sums of some thousand terms of size 1 in another order: 1e-16 each, and six Adam steps, which divide by the root of
 # the gradient's own mean square, carry on what they are given.
@@ -118,6 +124,16 @@ def test_micro_batches_differ_in_width_and_one_has_no_masked_place(runs: dict[st
     assert first_half[4:6] == [0, 0] and sum(rank["num_masked"][8:12]) > 0
     # Under sequence parallelism widths are even.
     assert not any(width % 2 for width in runs["tp2_sp"].ranks[0]["widths"])
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_micro_batches_hold_whole_cells_without_padding(runs: dict[str, Run], name: str) -> None:
+    """They are other micro-batches than the padded ones that the losses and gradients below must equal."""
+    padded, packed = runs["one"].ranks[0], runs[name].ranks[0]
+    assert len(packed["widths"]) < len(padded["widths"]) and max(packed["widths"]) <= 64
+    assert max(packed["widths"]) > 1.5 * max(padded["widths"])
+    if name in ("one_packed", "tp2_packed", "pp2_packed"):
+        assert sum(packed["widths"]) == packed["num_tokens"] < sum(2 * width for width in padded["widths"])
 
 
 @pytest.mark.parametrize("name", EXACT)

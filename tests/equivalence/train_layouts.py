@@ -55,6 +55,7 @@ class Layout:
     precision: str = "fp64"
     dropout: float = 0.0
     clip_gradient_norm: float = 0.0
+    packing: bool = False
 
 
 TP2 = {"tensor": 2}
@@ -70,6 +71,11 @@ LAYOUTS = {
     "dp2_zero": Layout(world_size=2, parallel=ZERO),
     "tp2_pp2": Layout(world_size=4, parallel=TP2 | PP2),
     "tp2_sp_pp2": Layout(world_size=4, parallel=TP2_SP | PP2),
+    "one_packed": Layout(packing=True),
+    "tp2_packed": Layout(world_size=2, parallel=TP2, packing=True),
+    "tp2_sp_packed": Layout(world_size=2, parallel=TP2_SP, packing=True),
+    "pp2_packed": Layout(world_size=2, parallel=PP2, packing=True),
+    "dp2_packed": Layout(world_size=2, packing=True),
     "one_clipped": Layout(clip_gradient_norm=0.1),
     "tp2_pp2_clipped": Layout(world_size=4, parallel=TP2 | PP2, clip_gradient_norm=0.1),
     "dp2_zero_clipped": Layout(world_size=2, parallel=ZERO, clip_gradient_norm=0.1),
@@ -104,6 +110,7 @@ def make_config(layout: Layout) -> Config:
             max_steps=NUM_STEPS,
             global_batch_size=8,
             micro_batch_size=2,
+            packing=layout.packing,
             seed=1,
             log_every=1,
             validate_every=VALIDATE_EVERY,
@@ -154,11 +161,13 @@ class Stream:
         self.number = 0
         self.widths: list[int] = []
         self.num_masked: list[int] = []
+        self.num_tokens = 0
 
     def __next__(self) -> StepBatch:
         self.number += 1
         batch = step_batch(self.config, make_cells(self.number, self.config.loop.global_batch_size))
         self.widths += [micro_batch["tokens_BS"].shape[1] for micro_batch in batch.micro_batches]
+        self.num_tokens += batch.num_tokens
         self.num_masked += [len(micro_batch["places_M"]) for micro_batch in batch.micro_batches]
         return batch
 
@@ -281,6 +290,7 @@ def train(layout: Layout, rank: int, folder: Path, name: str) -> None:
         "data_rank": parallel_state.get_data_parallel_rank(),
         "widths": stream.widths,
         "num_masked": stream.num_masked,
+        "num_tokens": stream.num_tokens,
         "hidden_states": hidden_states,
         "hidden_draws": drawn.hidden,
         "attention_draws": drawn.attention,

@@ -246,12 +246,13 @@ BAD_IMPORTS = {
     "recipes/r.py": "from . import geneformer_pretrain",
     "recipes/s.py": "import geneformer_pretrain",
     "recipes/t.py": "from transformers import AutoModel",
-    "recipes/benchmarks/u.py": "from ..geneformer_pretrain import main",
+    "recipes/configs/u.py": "from ..geneformer_pretrain import main",
     "scripts/v.py": "import celltron.recipes.geneformer_pretrain",
     "sub-packages/celltron-new/src/celltron/new/w.py": "import os",
 }
 
 GOOD_IMPORTS = {
+    "recipes/benchmarks/train.py": "from celltron.recipes.geneformer_pretrain import main",
     f"{CORE}/a.py": "from __future__ import annotations\nimport json, numpy as np\nfrom .errors import InputError",
     f"{CELLS}/torch_dataset.py": "import torch.utils.data\nfrom celltron.core import errors, genes",
     f"{MODELS}/geneformer/huggingface.py": "import transformers\nfrom ..layers import norm\nfrom . import config",

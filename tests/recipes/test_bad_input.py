@@ -277,7 +277,10 @@ CASES: dict[str, tuple[Callable[[Place], Words], str]] = {
     "layers over pipeline": (lambda p: p.train("--pipeline-parallel", "3"), "num_layers.*parallel.pipeline"),
     "sequence parallel alone": (lambda p: p.train("--sequence-parallel"), "sequence_parallel"),
     "longer than positions": (lambda p: p.train("--seq-length", "64"), "max_length.*64.*max_positions"),
-    "batches that do not divide": (lambda p: p.train("--global-batch-size", "7"), "global_batch_size 7"),
+    "batches that do not divide": (
+        lambda p: p.train("--global-batch-size", "7", "loop.packing=false"),
+        "global_batch_size 7",
+    ),
     "warm-up longer than the run": (lambda p: p.train("--warmup-steps", "50"), "warmup_steps 50"),
     "head width": (lambda p: p.train("model.hidden_size=17"), "hidden_size|num_attention_heads"),
     "dropout of 1": (lambda p: p.train("model.hidden_dropout=1.0"), "hidden_dropout"),

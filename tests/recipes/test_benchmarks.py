@@ -1,4 +1,4 @@
-"""The data-loading benchmark runs from the command line, without peers, and writes its results."""
+"""The benchmarks run from the command line on very little, and write their results."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "recipes" / "benchmarks" / "data_loading.py"
+PROGRAMS = ROOT / "recipes" / "benchmarks"
 
 
-def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def run(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(PROGRAM), *arguments]
+    command = [sys.executable, str(PROGRAMS / program), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
 
 
@@ -25,7 +25,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     nowhere = str(folder / "none" / "python")
     only = "celltron_cache,celltron_fly,scdl"
-    ended = run("--tiny", "--only", only, "--peers-python", nowhere, "--out", str(folder), "cores=1", "threads=1")
+    chosen = ["--only", only, "--peers-python", nowhere, "--out", str(folder)]
+    ended = run("data_loading.py", "--tiny", *chosen, "cores=1", "threads=1")
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -61,6 +62,32 @@ def test_tables_and_plot_are_written(out: Path, results: dict[str, Any]) -> None
 
 
 def test_a_system_that_is_not_measured_is_refused() -> None:
-    ended = run("--tiny", "--only", "celltron_fly,scbig")
+    ended = run("data_loading.py", "--tiny", "--only", "celltron_fly,scbig")
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
     assert "'scbig'" in ended.stderr and "scdataset" in ended.stderr
+
+
+SMALL_STEP = ["--shape", "tiny", "--cells", "8", "batch_size=2", "padded_share=2", "max_length=64"]
+
+
+@pytest.mark.slow
+def test_training_steps_are_compared(tmp_path: Path) -> None:
+    once = ["--steps", "1", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    ended = run("train_step.py", *SMALL_STEP, *once)
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads((tmp_path / "train_step.json").read_text())
+    systems = ["ours_packed", "ours_padded", "hf_grouped", "hf_padded"]
+    for name in systems:
+        row = results[name]
+        assert row["real_tokens_per_second"] > row["cells_per_second"] > 0 and row["seconds"]["steps"] == 1
+    assert [results[name]["cells"] for name in systems] == [8, 8, 8, 4]
+    assert results["ours_packed"]["tokens"] == results["hf_grouped"]["tokens"] <= 8 * 64
+    assert set(results["ratios"]) == {f"{ours} / {theirs}" for ours in systems[:2] for theirs in systems[2:]}
+    assert "ours_packed / hf_padded" in (tmp_path / "train_step.txt").read_text()
+    assert "| ours_packed |" in (tmp_path / "train_step.md").read_text()
+    assert (tmp_path / "train_step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_that_do_not_fill_batches_are_refused() -> None:
+    ended = run("train_step.py", "--cells", "12")
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and "multiple of" in ended.stderr

@@ -49,6 +49,26 @@ def test_append(celltron: Celltron, store: Path, tiny_cells: anndata.AnnData, tm
     assert "more.h5ad" in succeed(celltron("info", store))
 
 
+def test_every_bad_file_is_listed(celltron: Celltron, store: Path) -> None:
+    (store / "genes.parquet").unlink()
+    counts = store / "shards" / "00000" / "counts.bin"
+    counts.write_bytes(counts.read_bytes()[:-1] + b"\xff")
+    ended = celltron("verify", store, "--workers", 2)
+    assert ended.code == 2 and len(ended.stdout.splitlines()) == 2 and ended.stderr.count("\n") == 1
+    for path in (store / "genes.parquet", counts):
+        assert f"{path}: " in ended.stdout
+    assert "2 of 7 files are bad (also shards/00000/counts.bin)" in ended.stderr
+
+
+def test_medians_in_another_scratch_folder(celltron: Celltron, store: Path, tmp_path: Path) -> None:
+    succeed(celltron("medians", store, "--out", tmp_path / "a.json"))
+    (tmp_path / "scratch").mkdir()
+    succeed(celltron("medians", store, "--out", tmp_path / "b.json", "--scratch", tmp_path / "scratch"))
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    ended = celltron("medians", store, "--out", tmp_path / "c.json", "--scratch", tmp_path / "none")
+    assert ended.code == 2 and "none" in ended.stderr and not (tmp_path / "c.json").exists()
+
+
 def test_tokenize(celltron: Celltron, store: Path, tmp_path: Path) -> None:
     printed = succeed(celltron("tokenize", store, "--vocabulary", "gc30M", "--max-length", 32))
     (cache,) = Path(f"{store}.tokens").iterdir()

@@ -25,7 +25,7 @@ GIVEN = ["data.paths=a.store", "out=a"]
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_loads(path: Path) -> None:
     config = load_config(PretrainConfig, path, GIVEN)
-    assert config.loop.num_micro_batches(1) >= 1
+    config.loop.check_batches(1)
     assert config.schedule.warmup_steps < config.loop.max_steps
     (head,) = re.findall(r"\A(?:#.*\n)+", path.read_text())
     assert "--data and --out" in head, "its head says what must be given"

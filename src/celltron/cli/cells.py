@@ -37,6 +37,7 @@ def add_verbs(verbs: Any) -> None:
     parser = verbs.add_parser("medians", help="compute every gene's non-zero median over stores")
     _add_cells(parser)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="folder for what is too much for memory; TMPDIR")
     parser.set_defaults(verb=_medians)
 
     parser = verbs.add_parser("tokenize", help="keep every cell's ranked tokens beside a store")
@@ -125,7 +126,9 @@ def _append(options: argparse.Namespace) -> None:
 
 def _medians(options: argparse.Namespace) -> None:
     cells = open_cells(options.paths, storage=parse_storage(options.storage))
-    medians = compute_medians(cells, workers=options.workers, progress=ProgressLine("medians", "cells"))
+    medians = compute_medians(
+        cells, workers=options.workers, scratch=options.scratch, progress=ProgressLine("medians", "cells")
+    )
     medians.to_json(options.out)
     print(f"{options.out}: non-zero medians of {len(medians):,} genes over {len(cells):,} cells")
 

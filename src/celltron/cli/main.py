@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from celltron.cells import open_cells
+from celltron.cells import DamageError, open_cells, verify_store
 from celltron.cells.open_cells import format_of
+from celltron.cells.store_manifest import FORMAT as STORE_FORMAT
 from celltron.cli import cells
 from celltron.core import InputError, ProgressLine, __version__, read_manifest, run_command, verify_artefact
 
@@ -59,7 +60,9 @@ def _make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     cells.add_verbs(verbs)
     _add_verb(verbs.add_parser("info", help="say what a store, tar shards or a checkpoint holds"), _info)
-    _add_verb(verbs.add_parser("verify", help="check every file against its checksum"), _verify)
+    verify = verbs.add_parser("verify", help="check every file against its checksum")
+    verify.add_argument("--workers", type=int, help="threads for cells; one a processor otherwise")
+    _add_verb(verify, _verify)
     verbs.add_parser("train", help="pretrain a model: celltron train --config FILE [section.key=value ...]")
     verbs.add_parser("export", help="turn a checkpoint into a Hugging Face folder")
     return parser
@@ -94,8 +97,22 @@ def _verify(options: argparse.Namespace) -> None:
     elif format_of(path) in _PLAIN_FORMATS:
         verify_artefact(path)
     else:
-        open_cells(options.path).verify(ProgressLine("verifying", "bytes"))
+        _verify_cells(path, options)
     print(f"{options.path}: every file is there and matches its checksum")
+
+
+def _verify_cells(path: Path, options: argparse.Namespace) -> None:
+    """Check cells; all the bad files of a store are listed, one a line, before the sentence that names the first."""
+    progress = ProgressLine("verifying", "bytes")
+    try:
+        if format_of(path) == STORE_FORMAT:
+            verify_store(path, workers=options.workers, progress=progress)
+        else:
+            open_cells(options.path).verify(progress, workers=options.workers)
+    except DamageError as error:
+        for file, problem in error.bad:
+            print(InputError(f"{file}: {problem}"))  # without the terminal escapes that an untrusted name may hold
+        raise
 
 
 def _newest_of_run(path: Path) -> Path:

@@ -18,8 +18,11 @@ import scipy.sparse as sp
 
 from celltron.cells import CellStore, convert
 from celltron.cells.append import append
+from celltron.cells.gene_map import unmapped_names
 from celltron.core import InputError, verify_artefact
 from celltron.core.durable import lock_folder
+
+from .small_store import seal
 
 MODULE = importlib.import_module("celltron.cells.append")  # the package's name for it is the function
 
@@ -91,6 +94,7 @@ def test_the_table_of_cells_has_the_columns_of_both(store: Path, new: Path, obs:
     assert kept["source"].tolist() == ["old.h5ad"] * 50 + ["new.h5ad"] * 30
     assert kept["donor"].astype(object).tolist() == obs["donor"].astype(object).tolist()[50:130]
     assert kept["plate"][:50].isna().all() and kept["plate"][50:].tolist() == list(range(30))
+    assert kept["plate"].dtype == "Int64"
     assert kept["note"][50:].isna().all() and kept["note"][0] == "μ50"
 
 
@@ -105,6 +109,22 @@ def test_adding_is_the_same_for_any_number_of_workers_and_more_than_once(
     assert files_of(store) == files_of(other)
     assert "genes.parquet" not in files_of(store) and "genes.00002.parquet" in files_of(store)
     assert len(CellStore.open(store)) == 110
+
+
+def test_a_name_without_id_is_counted_once(store: Path, new: Path, tmp_path: Path, write_h5ad, counts, genes) -> None:  # type: ignore[no-untyped-def]
+    append(store, new)
+    other = write_h5ad(tmp_path / "other.h5ad", np.ones((4, 402)), [*genes[:400], "scrap", "junk"])
+    report = append(store, other)
+    opened = CellStore.open(store)
+    assert report.num_unmapped == 2 and opened.manifest["unmapped_genes"] == 2
+    path = store / opened.manifest["gene_file"]
+    assert unmapped_names(pq.read_table(path)) == ["junk", "scrap"]
+
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    seal(store)
+    again = Path(shutil.copy(new, tmp_path / "again.h5ad"))
+    with pytest.raises(InputError, match="genes.00002.parquet does not name its 2 genes without an Ensembl id"):
+        append(store, again)
 
 
 def test_an_open_store_goes_on_with_what_it_opened(store: Path, new: Path) -> None:

@@ -24,6 +24,7 @@ from celltron.cells.reader import CellIndexError, Rows
 from celltron.cells.store import CellStore
 from celltron.cells.tokenize import RankTokenizer
 from celltron.core import InputError, MedianTable, Vocabulary, write_artefact
+from celltron.core.manifest import seal_manifest
 
 HUMAN = [f"ENSG{i:011d}" for i in range(12)]
 MOUSE = [f"ENSMUSG{i:011d}" for i in range(6)]
@@ -431,9 +432,20 @@ def test_a_changed_file_is_refused(
     collection.write(tmp_path / "c.json")
     manifest = json.loads((tmp_path / "c.json").read_text())
     change(manifest)
-    (tmp_path / "c.json").write_text(json.dumps(manifest))
+    (tmp_path / "c.json").write_text(json.dumps(seal_manifest(manifest)))
     with pytest.raises(InputError, match=pattern):
         CellCollection.open(tmp_path / "c.json")
+
+
+def test_a_weight_is_under_the_checksum(folder: Path, tmp_path: Path) -> None:
+    CellCollection.open([folder / "a.store", folder / "b.store"], weights=[1.5, 2]).write(tmp_path / "c.json")
+    text = (tmp_path / "c.json").read_text()
+    for changed in (text.replace("1.5", "7.5"), text.replace("manifest_sha256", "sha256")):
+        (tmp_path / "c.json").write_text(changed)
+        with pytest.raises(InputError, match=r"c.json is damaged: it does not fit its own checksum"):
+            CellCollection.open(tmp_path / "c.json")
+    (tmp_path / "c.json").write_text(json.dumps(json.loads(text)))
+    assert CellCollection.open(tmp_path / "c.json").weights == (1.5, 2.0)
 
 
 def test_what_is_no_collection(folder: Path, tmp_path: Path) -> None:

@@ -32,9 +32,14 @@ def epoch_by_hand(inner: Order, epoch: int, cells_per_batch: int, window_batches
         rest = batches.pop() if len(batches[-1]) < cells_per_batch else []
         key = key_from(7, inner.seed, epoch, first)
         for b in KeyedPermutation(len(batches), key)(np.arange(len(batches))):
-            stream += batches[b]
-        stream += rest
+            stream += dealt_by_hand(batches[b])
+        stream += dealt_by_hand(rest)
     return stream
+
+
+def dealt_by_hand(cells: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    digits = len(f"{max(len(cells) - 1, 0):b}")
+    return [cells[i] for i in sorted(range(len(cells)), key=lambda i: f"{i:0{digits}b}"[::-1])]
 
 
 @settings(max_examples=150, deadline=None)
@@ -72,6 +77,17 @@ def test_every_full_batch_of_a_stream_is_alike_across_epochs() -> None:
             plain_spreads.append(np.ptp(LENGTHS[plain_cells]))
     assert len(spreads) >= 4 * 48
     assert np.mean(spreads) < 0.15 * np.mean(plain_spreads)
+
+
+@pytest.mark.parametrize(("cells_per_batch", "most"), [(64, 1.0), (48, 2.0), (60, 3.0)])
+def test_ranks_get_equal_loads(cells_per_batch: int, most: float) -> None:
+    """Loads of ranks differ by no more than the longest cell and the shortest do, or a few times that."""
+    order = LengthOrder(EpochOrder(1920, 5), lengths_of, cells_per_batch=cells_per_batch, window_batches=2)
+    lengths_BC = LENGTHS[order.take(LoaderState(5), 1920)[0]].reshape(-1, cells_per_batch)
+    spread_B = np.ptp(lengths_BC, axis=1)
+    for world_size in (n for n in range(2, cells_per_batch) if cells_per_batch % n == 0):
+        loads_BR = lengths_BC.reshape(len(lengths_BC), world_size, -1).sum(axis=2)
+        assert (np.ptp(loads_BR, axis=1) <= most * spread_B).all(), world_size
 
 
 def test_batches_do_not_come_by_rising_length() -> None:

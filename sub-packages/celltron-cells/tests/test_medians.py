@@ -219,9 +219,8 @@ def test_a_full_disk_is_a_sentence(
     monkeypatch.undo()
 
 
-@pytest.mark.usefixtures("tiny_memory")
 def test_no_such_scratch_folder(make_store: Callable[..., CellStore], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(InputError, match="there is no folder .*nowhere for scratch"):
         compute_medians(make_store(make_counts(3, 1000)), scratch=tmp_path / "nowhere")
 
 

@@ -1,10 +1,11 @@
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from celltron.cells.obs_union import MISSING, groups_of, unite_columns
+from celltron.cells.obs_union import MISSING, groups_of, obs_frame, unite_columns
 from celltron.core import InputError
 
 
@@ -26,6 +27,7 @@ COLUMNS = {
     "coded": pd.Series(pd.Categorical([5, 6])),
     "day": pd.Series(pd.to_datetime(["2024-01-02", "2024-01-03"])),
     "nothing": pd.Series([None, None], dtype=object),
+    "part": pd.Series([2**53 + 1, None], dtype="Int64"),
     "lacking": None,
 }
 
@@ -53,6 +55,8 @@ COLUMNS = {
         (["text", "double"], "object", ["b", None, "0.1", "1e+300"]),
         (["day", "lacking"], "datetime64[ns]", [*map(pd.Timestamp, ["2024-01-02", "2024-01-03"]), None, None]),
         (["nothing", "whole"], "Int64", [None, None, 3, -1]),
+        (["part", "whole"], "Int64", [2**53 + 1, None, 3, -1]),
+        (["part", "double"], "object", [str(2**53 + 1), None, "0.1", "1e+300"]),
         (["nothing", "lacking"], "object", [None] * 4),
     ],
 )
@@ -60,6 +64,18 @@ def test_columns_of_two_readers(names: list[str], dtype: str, expected: list[obj
     found = unite_columns([COLUMNS[name] for name in names], [2] * len(names), "obs column 'x'")
     assert str(found.dtype) == dtype and values_of(found) == expected
     assert found.index.equals(pd.RangeIndex(2 * len(names)))
+
+
+@pytest.mark.parametrize("others", [{}, {"word": ["x", "y", None]}])
+def test_whole_numbers_stay_whole_where_some_are_missing(others: dict[str, list[str | None]]) -> None:
+    large = pa.array([2**53 + 1, None, -(2**63)])
+    small = pa.array([255, None, 0], pa.uint8())
+    found = obs_frame(pa.table({"large": large, **others, "small": small}))
+    assert list(found) == ["large", *others, "small"] and found.index.equals(pd.RangeIndex(3))
+    assert found.dtypes["large"] == "Int64" and found.dtypes["small"] == "UInt8"
+    assert values_of(found["large"]) == large.to_pylist() and values_of(found["small"]) == small.to_pylist()
+    whole = obs_frame(pa.table({"large": large.drop_null(), "number": [0.5, None]}))
+    assert whole.dtypes.astype(str).tolist() == ["int64", "float64"]
 
 
 def test_one_reader_keeps_its_column() -> None:

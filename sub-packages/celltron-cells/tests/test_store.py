@@ -50,6 +50,12 @@ def test_a_cell_out_of_range(store: CellStore, cell: int) -> None:
         store.rows([0, cell])
 
 
+def test_gene_ids_cost_one_column(fresh_store: Path) -> None:
+    opened = CellStore.open(fresh_store)
+    ids = opened.gene_ids
+    assert "genes" not in vars(opened) and ids == tuple(opened.genes["gene_id"])
+
+
 @pytest.mark.parametrize("cells", [[0.5], ["a"], [[0, 1]], [True]])
 def test_cells_must_be_whole_numbers(store: CellStore, cells: list[Any]) -> None:
     with pytest.raises(InputError, match="list of whole numbers"):

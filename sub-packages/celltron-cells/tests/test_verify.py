@@ -199,14 +199,14 @@ def test_the_first_one_is_the_same_for_any_workers(folder: Path, workers: int) -
 
 
 def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = verify._hash_file
+    real = verify.hash_with_progress
 
     def fail(path: Path, progress: Any) -> str:
         if path.name == "genes.parquet":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(path, progress)
 
-    monkeypatch.setattr(verify, "_hash_file", fail)
+    monkeypatch.setattr(verify, "hash_with_progress", fail)
     assert bad_files(folder) == {"genes.parquet": "it cannot be read (Input/output error)"}
 
 

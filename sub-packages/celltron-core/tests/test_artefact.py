@@ -297,6 +297,7 @@ def test_ctrl_c_leaves_what_can_be_gone_on_with(tmp_path: Path) -> None:
         (writer.folder / "x").write_text("x")
         raise KeyboardInterrupt
     (tmp_path / ".a.partial" / MANIFEST_NAME).write_text("{}")  # as if it had broken off right before the renaming
+    (tmp_path / ".a.partial" / f".{MANIFEST_NAME}.0123abcd.tmp").write_text("{")  # or within the manifest
     with write_artefact(final, format="f", version=1, resume=True) as writer:
         assert (writer.folder / "x").read_text() == "x"
     assert os.listdir(tmp_path) == ["a"]

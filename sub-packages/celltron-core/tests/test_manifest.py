@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from celltron.core.artefact import write_artefact
 from celltron.core.errors import InputError
-from celltron.core.manifest import MANIFEST_NAME, digest_of_manifest, list_files, read_manifest, verify_artefact
+from celltron.core.manifest import (
+    MANIFEST_NAME,
+    digest_of_manifest,
+    fits_own_checksum,
+    is_sha256,
+    list_files,
+    read_manifest,
+    seal_manifest,
+    verify_artefact,
+)
 
 LENGTHS = {"a.bin": 1000, "sub/b.bin": 10, "sub/empty": 0}
 
@@ -46,6 +55,16 @@ def test_a_whole_artefact_is_read_and_verified_with_progress(folder: Path) -> No
     read(folder)
     verify_artefact(folder, progress=seen.append)
     assert sum(seen) == sum(LENGTHS.values())
+
+
+def test_a_sealed_manifest_fits_until_it_is_changed() -> None:
+    sealed = seal_manifest({"b": [1.5, None], "a": "é"})
+    assert list(sealed) == ["b", "a", "manifest_sha256"] and is_sha256(sealed["manifest_sha256"])
+    assert fits_own_checksum(sealed) and fits_own_checksum(json.loads(json.dumps(sealed, indent=1, sort_keys=True)))
+    assert seal_manifest(sealed) == sealed
+    assert not fits_own_checksum(sealed | {"b": [1.25, None]})
+    assert not fits_own_checksum({"b": [1.5, None], "a": "é"})
+    assert not any(map(is_sha256, ("0" * 63, "0" * 65, "A" * 64, "0" * 63 + "\n", 0, None)))
 
 
 def test_format_and_version_are_named(folder: Path) -> None:

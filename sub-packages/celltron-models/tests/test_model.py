@@ -5,6 +5,7 @@ import torch
 
 from celltron.models.geneformer import build_geneformer, put_parameters, take_parameters
 from celltron.models.geneformer.model import PADDING_ROW_BIAS
+from celltron.models.layers.packing import PackedCells
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -94,6 +95,28 @@ def test_a_row_of_padding_alone_gives_numbers_and_leaves_gradients_alone(make_mo
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-12, atol=1e-10)
+
+
+def test_packed_cells_give_what_padded_ones_give(make_model, make_cells) -> None:
+    """Logits and all gradients, with padding at the end of the pack as under sequence parallelism."""
+    lengths = (16, 9, 1, 12)
+    tokens_BS, is_padding_BS = make_cells(*lengths)
+    places_M = torch.tensor([0, 3, 15, 16, 24, 32, 48, 59])
+    packed_places_M = torch.tensor([0, 3, 15, 16, 24, 25, 26, 37])
+    row_1T = torch.nn.functional.pad(tokens_BS[~is_padding_BS], (0, 2))[None]
+    gradients = []
+    outputs = []
+    for arguments, packed in (
+        ((tokens_BS, is_padding_BS, places_M), None),
+        ((row_1T, None, packed_places_M), PackedCells.of([*lengths, 2], torch.device("cpu"))),
+    ):
+        model = make_model(dtype=torch.float64)
+        outputs.append(model(*arguments, packed=packed))
+        outputs[-1].square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-11)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-11, atol=1e-9)
 
 
 @torch.no_grad()

@@ -329,11 +329,16 @@ def test_a_signal_in_the_last_step_lets_it_end_well(make_job: Callable[..., Job]
     assert [state.step for state in job.checkpoints.states] == [4]
 
 
-def test_micro_batches() -> None:
-    config = LoopConfig(global_batch_size=24, micro_batch_size=4)
-    assert [config.num_micro_batches(data) for data in (1, 2, 3, 6)] == [6, 3, 2, 1]
+def test_a_global_batch_must_be_dealt_to_processes() -> None:
+    padded = LoopConfig(global_batch_size=24, micro_batch_size=4, packing=False)
+    for data_parallel in (1, 2, 3, 6):
+        padded.check_batches(data_parallel)
     with pytest.raises(InputError, match="loop.global_batch_size 24 is not .* 4 x 4 .* choose a multiple of 16"):
-        config.num_micro_batches(4)
+        padded.check_batches(4)
+    packed = LoopConfig(global_batch_size=24, micro_batch_size=4)
+    packed.check_batches(24)
+    with pytest.raises(InputError, match="loop.global_batch_size 24 is less than the 25 data-parallel processes"):
+        packed.check_batches(25)
 
 
 @pytest.mark.parametrize(

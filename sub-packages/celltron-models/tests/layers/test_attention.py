@@ -3,6 +3,7 @@ import torch
 
 from celltron.models.geneformer import make_transformer_config
 from celltron.models.layers.attention import SdpaCoreAttention
+from celltron.models.layers.packing import PackedCells
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -39,6 +40,26 @@ def test_hidden_places_get_no_weight(core, attention) -> None:
     for part in parts[1:]:
         part[is_hidden_BS[:, None, :].expand(3, 2, 7)] = 1e6
     assert torch.equal(apply(core, parts, mask), found)
+
+
+def test_packed_cells_attend_to_themselves_alone(core, attention) -> None:
+    parts = draw()
+    lengths = (7, 4, 1)
+    packed = PackedCells.of(lengths, torch.device("cpu"))
+    rows = [torch.cat([part[i, :, :n].transpose(0, 1) for i, n in enumerate(lengths)]) for part in parts]
+    found = core(*rows, None, packed_seq_params=packed)
+    is_hidden_BS = torch.arange(7)[None, :] >= torch.tensor(lengths)[:, None]
+    expected = attention(*parts, is_hidden_BS).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(found, expected[~is_hidden_BS], rtol=0, atol=1e-13)
+    core.dropout = 0.5
+    core.train()
+    assert not torch.equal(core(*rows, None, packed_seq_params=packed), found)
+
+
+def test_what_packing_says_of_cells() -> None:
+    packed = PackedCells.of([3, 1, 2], torch.device("cpu"))
+    assert packed.cu_seqlens_q.tolist() == [0, 3, 4, 6] and packed.cu_seqlens_q.dtype == torch.int32
+    assert packed.places_T.tolist() == [0, 1, 2, 0, 0, 1] and packed.max_seqlen_q == 3
 
 
 def test_no_dropout_in_evaluation(core) -> None:

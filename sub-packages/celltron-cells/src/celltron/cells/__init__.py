@@ -10,16 +10,18 @@ from celltron.cells.loader import Loader
 from celltron.cells.mask import Masking, apply_masking
 from celltron.cells.medians import compute_medians
 from celltron.cells.open_cells import open_cells
+from celltron.cells.pack import PackedBatch, cut_into_packs, plan_packs
 from celltron.cells.reader import CellIndexError, CellReader
 from celltron.cells.sampler import EpochOrder, LoaderState, Order
-from celltron.cells.sampler_entropy import shuffle_entropy
+from celltron.cells.sampler_entropy import ShuffleEntropy, shuffle_entropy
 from celltron.cells.sampling_weights import balanced_weights, store_weights
 from celltron.cells.split import Split, split_cells
 from celltron.cells.store import CellStore
 from celltron.cells.tar_store import TarStore
-from celltron.cells.tar_writer import shard_store
+from celltron.cells.tar_writer import ShardReport, shard_store
 from celltron.cells.token_cache import TokenCache, build_token_cache, default_cache_path
 from celltron.cells.tokenize import RankTokenizer, count_tokens
+from celltron.cells.verify import DamageError, verify_store
 from celltron.cells.weighted_order import WeightedOrder
 
 __all__ = [
@@ -32,14 +34,18 @@ __all__ = [
     "CellStore",
     "ConversionReport",
     "ConvertOptions",
+    "DamageError",
     "EpochOrder",
     "LengthOrder",
     "Loader",
     "LoaderState",
     "Masking",
     "Order",
+    "PackedBatch",
     "PaddedBatch",
     "RankTokenizer",
+    "ShardReport",
+    "ShuffleEntropy",
     "Split",
     "TarStore",
     "TokenCache",
@@ -50,12 +56,15 @@ __all__ = [
     "build_token_cache",
     "compute_medians",
     "convert",
+    "cut_into_packs",
     "count_tokens",
     "default_cache_path",
     "open_cells",
     "pad_batch",
+    "plan_packs",
     "shard_store",
     "shuffle_entropy",
     "split_cells",
     "store_weights",
+    "verify_store",
 ]

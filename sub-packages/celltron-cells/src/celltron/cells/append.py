@@ -19,10 +19,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from celltron.cells.convert import ConversionReport, describe, make_report, open_pool, set_num_cells, tell_how_to_go_on
+from celltron.cells.convert import (
+    ConversionReport,
+    describe,
+    make_report,
+    open_pool,
+    set_num_cells,
+    tell_how_to_go_on,
+    with_how_to_go_on,
+)
 from celltron.cells.convert_plan import Base, ConvertOptions, Plan, make_plan
 from celltron.cells.convert_work import WORK, Progress, Workplace, Written, write_shards
-from celltron.cells.gene_map import join_arrays
+from celltron.cells.gene_map import join_arrays, set_unmapped_names, unmapped_names
+from celltron.cells.ingest.remote import UnreachableError
 from celltron.cells.map_rows import Types, widest
 from celltron.cells.obs_schema import OWN_COLUMNS
 from celltron.cells.shard import shard_folder
@@ -81,7 +90,10 @@ def append(
                 with _clear_on_error(old, place):
                     _gather_strays(old, place)
                     is_dropped = place.adopt(plan)
-                    written = write_shards(plan, pool, place, workers=workers, progress=progress)
+                    try:
+                        written = write_shards(plan, pool, place, workers=workers, progress=progress)
+                    except UnreachableError as error:
+                        raise with_how_to_go_on(error, path) from error
                     report = _commit(old, plan, written, place, is_dropped=is_dropped, began=began)
         _clear(place)
     return report
@@ -190,10 +202,15 @@ def _gather_strays(store: CellStore, place: Workplace) -> None:
 
 @contextlib.contextmanager
 def _clear_on_error(store: CellStore, place: Workplace) -> Iterator[None]:
-    """What is wrong with the sources or the disk leaves the store as it was; Ctrl-C leaves what is complete, too."""
+    """What is wrong with the sources or the disk leaves the store as it was.
+
+    Ctrl-C and a lost network leave the shards that are complete, too.
+    """
     try:
         with name_file_in_errors(store.path, only=(errno.ENOSPC, errno.EDQUOT)):
             yield
+    except UnreachableError:
+        raise
     except Exception as error:
         if _is_unchanged(store):
             _gather_strays(store, place)
@@ -221,8 +238,9 @@ def _commit(
 ) -> ConversionReport:
     """Move the new shards to their numbers and replace the manifest."""
     gene_file = _next_gene_file(store.manifest["gene_file"])
-    genes = write_tables([set_num_cells(_all_genes(store, plan), written)], place.folder / gene_file)
-    new_files = written.files(store.num_shards) | {gene_file: genes}
+    genes, num_unmapped = _all_genes(store, plan)
+    new_files = written.files(store.num_shards)
+    new_files |= {gene_file: write_tables([set_num_cells(genes, written)], place.folder / gene_file)}
     report = make_report(
         store.path,
         plan,
@@ -243,7 +261,7 @@ def _commit(
     manifest = new_manifest(
         format=FORMAT,
         version=VERSION,
-        meta=_merge(store.manifest, describe(plan, written)) | {"gene_file": gene_file},
+        meta=_merge(store.manifest, describe(plan, written)) | {"gene_file": gene_file, "unmapped_genes": num_unmapped},
         files={name: file for name, file in store.manifest["files"].items() if name != store.manifest["gene_file"]}
         | new_files,
     )
@@ -259,23 +277,30 @@ def _next_gene_file(name: str) -> str:
     return f"genes.{number + 1:05d}.parquet"
 
 
-def _all_genes(store: CellStore, plan: Plan) -> pa.Table:
-    """The store's table of genes with the new ones below it."""
+def _all_genes(store: CellStore, plan: Plan) -> tuple[pa.Table, int]:
+    """The store's table of genes with the new ones below it, and how many names of all sources have no Ensembl id."""
     path = store.path / store.manifest["gene_file"]
     old, new = read_table(path), plan.genes.table()
     if "num_cells" not in old.column_names or old["num_cells"].type != pa.int64() or old["num_cells"].null_count:
         raise InputError(f"{path} is damaged: it has no whole numbers num_cells; convert the files again")
+    unmapped, num_unmapped = unmapped_names(old) or [], store.manifest["unmapped_genes"]
+    if len(unmapped) != num_unmapped:
+        raise InputError(
+            f"{path} does not name its {num_unmapped} genes without an Ensembl id: convert the files again"
+        )
+    unmapped = list(dict.fromkeys([*unmapped, *plan.genes.unmapped]))
     names = dict.fromkeys([*old.column_names, *new.column_names])
 
     def column(table: pa.Table, name: str) -> pa.Array:
         return table[name].combine_chunks() if name in table.column_names else pa.nulls(table.num_rows)
 
-    return pa.table({name: join_arrays([column(old, name), column(new, name)]) for name in names})
+    table = pa.table({name: join_arrays([column(old, name), column(new, name)]) for name in names})
+    return set_unmapped_names(table, unmapped), len(unmapped)
 
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest says of old and new shards together."""
-    summed = ("cells", "nnz", "total_counts", "unmapped_genes", "summed_columns")
+    summed = ("cells", "nnz", "total_counts", "summed_columns")
     types = widest(*(Types(meta["dtypes"]["indices"], meta["dtypes"]["counts"]) for meta in (old, new)))
     merged = {**new, **{name: old[name] + new[name] for name in summed}}
     unmapped = sum(meta["unmapped_fraction"] * meta["total_counts"] for meta in (old, new))

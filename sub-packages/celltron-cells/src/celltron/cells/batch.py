@@ -32,12 +32,15 @@ class Batch:
 
     def sorted_by_length(self) -> "Batch":
         """The same cells, the shortest first, so that parts of a split pad little; equal lengths keep their order."""
-        order = np.argsort(self.lengths, kind="stable")
+        return self.take(np.argsort(self.lengths, kind="stable"))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Batch":
+        """The cells at some places of this batch, in the order of ``rows``."""
         starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
-        lengths = self.lengths[order]
-        within = np.arange(len(self.tokens)) - np.repeat(np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
-        flat = np.repeat(starts[order], lengths) + within
-        return Batch(self.tokens[flat], self.labels[flat], lengths, self.cells[order], self.epochs[order])
+        lengths = self.lengths[rows]
+        begins = np.cumsum(lengths, dtype=np.int64) - lengths
+        flat = np.arange(int(lengths.sum())) + np.repeat(starts[rows] - begins, lengths)
+        return Batch(self.tokens[flat], self.labels[flat], lengths, self.cells[rows], self.epochs[rows])
 
     def split(self, num_cells: int) -> "list[Batch]":
         """Micro-batches of ``num_cells`` cells in order, the last one shorter if it must be."""

@@ -32,7 +32,7 @@ from celltron.cells.obs_union import unite_columns
 from celltron.cells.reader import CellReader, Located, Rows, checked_cells
 from celltron.cells.shard_table import ShardTable
 from celltron.cells.store import CellStore, fingerprint_of_genes
-from celltron.cells.threads import map_in_order
+from celltron.cells.threads import Progress, map_in_order
 from celltron.core import InputError
 
 STORE = "store"
@@ -40,7 +40,6 @@ STORE = "store"
 LINES = 20
 OPENERS = 8
 """Threads that open members: on a disk of the network each waits for the other side."""
-Progress = Callable[[int, int], None]
 
 
 class Member(CellReader, Protocol):
@@ -53,7 +52,7 @@ class Member(CellReader, Protocol):
     def genes(self) -> pd.DataFrame:
         """One row a gene: ``gene_id``, ``gene_name``, ``species``, ``num_cells``."""
 
-    def verify(self, progress: Progress | None = None) -> None:
+    def verify(self, progress: Progress | None = None, *, workers: int | None = None) -> None:
         """Read everything."""
 
 
@@ -292,7 +291,7 @@ class CellCollection:
         runs = [member.disk_runs + start for member, start in zip(self.members, self.starts, strict=False)]
         return np.unique(np.concatenate(runs))
 
-    def verify(self, progress: Progress | None = None) -> None:
+    def verify(self, progress: Progress | None = None, *, workers: int | None = None) -> None:
         """Read everything of every member; progress is in bytes."""
         sizes = [sum(entry["bytes"] for entry in member.manifest["files"].values()) for member in self.members]
         for i, member in enumerate(self.members):
@@ -302,7 +301,7 @@ class CellCollection:
                 if progress is not None:
                     progress(before + size * done // max(total, 1), sum(sizes))
 
-            member.verify(show)
+            member.verify(show, workers=workers)
 
     def info(self) -> str:
         """A few lines for a person."""

@@ -1,24 +1,24 @@
 """The file that names the stores of a collection, their weights and what they held when it was written.
 
 JSON of format ``celltron-collection``, version 1: ``stores`` is a list of ``path`` (relative to the file's folder,
-with ``/``, or an address), ``fingerprint`` and ``weight`` (null when no store has one).
+with ``/``, or an address), ``fingerprint`` and ``weight`` (null when no store has one); ``manifest_sha256`` is the
+checksum of the rest, as in an artefact.
 """
 
 import json
 import numbers
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from celltron.core import InputError, write_atomically
+from celltron.core.manifest import fits_own_checksum, is_sha256, seal_manifest
 
 FORMAT = "celltron-collection"
 VERSION = 1
 LARGEST_WEIGHT = 1e100
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def write_collection(path: Path, stores: Sequence[NamedStore]) -> None:
         {"path": _relative(store.path, folder), "fingerprint": store.fingerprint, "weight": store.weight}
         for store in stores
     ]
-    manifest = {"format": FORMAT, "version": VERSION, "stores": entries}
+    manifest = seal_manifest({"format": FORMAT, "version": VERSION, "stores": entries})
     write_atomically(path, json.dumps(manifest, indent=1) + "\n")
 
 
@@ -73,6 +73,8 @@ def read_collection(path: Path) -> list[NamedStore]:
     version = manifest.get("version")
     if type(version) is not int or version != VERSION:
         raise InputError(f"{path} has {FORMAT} version {version!r}, wanted {VERSION}: write the collection again")
+    if not fits_own_checksum(manifest):
+        raise InputError(f"{path} is damaged: it does not fit its own checksum; write the collection again")
     entries = manifest.get("stores")
     if not isinstance(entries, list) or not entries or not all(map(_is_good, entries)):
         raise InputError(
@@ -104,5 +106,4 @@ def _is_good(entry: Any) -> bool:
         return False
     path, fingerprint, weight = entry["path"], entry["fingerprint"], entry["weight"]
     is_path = isinstance(path, str) and bool(path) and "\0" not in path
-    is_digest = isinstance(fingerprint, str) and bool(_SHA256.fullmatch(fingerprint))
-    return is_path and is_digest and (weight is None or is_weight(weight))
+    return is_path and is_sha256(fingerprint) and (weight is None or is_weight(weight))

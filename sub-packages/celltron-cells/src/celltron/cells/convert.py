@@ -13,6 +13,7 @@ from celltron.cells.convert_plan import Base, Plan, make_plan
 from celltron.cells.convert_plan import ConvertOptions as ConvertOptions
 from celltron.cells.convert_work import WORK, Progress, Workplace, Written, write_shards
 from celltron.cells.ingest.open import expand_sources
+from celltron.cells.ingest.remote import UnreachableError
 from celltron.cells.ingest.source import SourceOptions
 from celltron.cells.source_pool import SourcePool
 from celltron.cells.store_manifest import FORMAT, VERSION
@@ -111,9 +112,9 @@ def convert(
     """Convert sources of counts, of any format, to one CellStore.
 
     The store's genes are the union of the sources' genes in first-seen order; its cells are the sources' cells in
-    order. Nothing that opens is at ``out`` unless all went well. A run that is stopped or killed leaves
-    ``.NAME.partial`` beside it, and the same call goes on from the shards that are complete there; the store is the
-    same, byte for byte. Memory grows with the number of workers, and by some 16 bytes a cell of the largest source.
+    order. Nothing that opens is at ``out`` unless all went well. A run that is stopped or loses the network leaves
+    ``.NAME.partial`` beside it; the same call goes on from the shards that are complete there, to the same store, byte
+    for byte. Memory grows with the number of workers, and by some 16 bytes a cell of the largest source.
 
     >>> import tempfile
     >>> import anndata, numpy, pandas
@@ -136,8 +137,7 @@ def convert(
     """
     began = time.monotonic()
     checked = ConvertOptions(**options)
-    workers = num_workers(workers)
-    out = Path(out)
+    workers, out = num_workers(workers), Path(out)
     with (
         tell_how_to_go_on(out),
         write_artefact(out, format=FORMAT, version=VERSION, replace=replace, resume=True) as artefact,
@@ -148,13 +148,17 @@ def convert(
             plan = make_plan(pool, checked, Base(), workers)
             is_dropped = place.adopt(plan)
             artefact.leave = False
-            written = write_shards(plan, pool, place, workers=workers, progress=progress)
+            try:
+                written = write_shards(plan, pool, place, workers=workers, progress=progress)
+            except UnreachableError as error:
+                artefact.leave = True
+                raise with_how_to_go_on(error, out) from error
         genes = set_num_cells(plan.genes.table(), written)
         artefact.files |= written.files(0) | {GENE_FILE: write_tables([genes], artefact.folder / GENE_FILE)}
         artefact.remove.append(WORK)
         artefact.meta |= describe(plan, written)
-    num_bytes = sum(entry["bytes"] for entry in artefact.files.values())
-    return make_report(out, plan, written, num_bytes=num_bytes, seconds=time.monotonic() - began, is_dropped=is_dropped)
+    size, seconds = sum(entry["bytes"] for entry in artefact.files.values()), time.monotonic() - began
+    return make_report(out, plan, written, num_bytes=size, seconds=seconds, is_dropped=is_dropped)
 
 
 @contextmanager
@@ -163,8 +167,16 @@ def tell_how_to_go_on(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        sentence = f"interrupted; the same command goes on with {out} from the shards that are complete"
-        raise KeyboardInterrupt(sentence) from error
+        raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(out)}") from error
+
+
+def with_how_to_go_on(error: UnreachableError, out: Path) -> UnreachableError:
+    """An error that lost the network, saying also that nothing else is lost."""
+    return UnreachableError(f"{error}; {_how_to_go_on(out)}")
+
+
+def _how_to_go_on(out: Path) -> str:
+    return f"the same command goes on with {out} from the shards that are complete"
 
 
 @contextmanager

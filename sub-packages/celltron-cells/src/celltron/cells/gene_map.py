@@ -1,9 +1,10 @@
 """Whose gene is a column: the names in a file's var to Ensembl ids, and several files to one list of genes."""
 
 import hashlib
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +23,8 @@ SPECIES: tuple[Species, ...] = ("human", "mouse")
 INDEX = "var_names"
 ID_COLUMNS = ("ensembl_id", "gene_id", "gene_ids", "feature_id", "ensembl", "ensembl_gene_id", "gene_ids_ensembl")
 NAME_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "gene_short_name")
+UNMAPPED_NAMES = b"unmapped_names"
+"""In the metadata of a gene file: the sources' names of genes that have no Ensembl id, a list in JSON."""
 KEPT_TABLES = 8
 
 
@@ -240,7 +243,7 @@ class GeneList:
     def table(self) -> pa.Table:
         """``gene_id``, ``gene_name``, ``species``, then the sources' own columns (ours renamed where they clash).
 
-        ``num_cells``, the cells in which a gene is not zero, is 0 until they are counted.
+        ``num_cells``, the cells in which a gene is not zero, is 0 until they are counted. Unmapped names are metadata.
         """
         ids = list(self.index_of)[self._first :]
         columns: dict[str, pa.Array] = {
@@ -256,7 +259,21 @@ class GeneList:
                 parts += [pa.nulls(start - end), array]
                 end = start + len(array)
             columns[free_name(name, columns)] = join_arrays(parts)
-        return pa.table(columns)
+        return set_unmapped_names(pa.table(columns), self.unmapped)
+
+
+def set_unmapped_names(genes: pa.Table, names: Iterable[str]) -> pa.Table:
+    """A table of genes whose metadata has the sources' names of genes without an Ensembl id."""
+    return genes.replace_schema_metadata({UNMAPPED_NAMES: json.dumps(list(names))})
+
+
+def unmapped_names(genes: pa.Table) -> list[str] | None:
+    """What `set_unmapped_names` put into an untrusted table; None where nothing of the kind is there."""
+    try:
+        names = json.loads((genes.schema.metadata or {})[UNMAPPED_NAMES])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def join_arrays(arrays: Sequence[pa.Array]) -> pa.Array:

@@ -22,7 +22,8 @@ class LengthOrder(PlacedOrder):
     The next ``window_batches * cells_per_batch`` cells of the inner order are sorted by length (equal ones stay as they
     were), cut into batches, and the batches permuted by key. So a window holds the cells it held before, and an epoch
     too; what stands at a place is a function of (seed, epoch, place) and the lengths. The loader's batches are those
-    that were cut when it has the same ``cells_per_batch`` and began at place 0 of epoch 0.
+    that were cut when it has the same ``cells_per_batch`` and began at place 0 of epoch 0. Inside a batch short and
+    long cells are dealt out (see `deal`), so that ranks, which take runs of it, get equal loads, however many they are.
 
     Windows end with the epoch, and the last one may be shorter; what does not fill a batch in it comes last. A loader's
     batch goes on into the next epoch, so that one begins with the few cells, sorted, which complete the batch, and
@@ -45,6 +46,7 @@ class LengthOrder(PlacedOrder):
         self.cells_per_batch = cells_per_batch
         self.window_batches = window_batches
         self._lengths_of = lengths_of
+        self._dealt = deal(cells_per_batch)
         self._last_window: tuple[int, int, CellsAndEpochs] | None = None
 
     def __len__(self) -> int:
@@ -88,8 +90,25 @@ class LengthOrder(PlacedOrder):
         return kept[2]
 
     def _batches(self, places: npt.NDArray[np.int64], key: int) -> npt.NDArray[np.int64]:
-        """Cut sorted places into batches and permute those that are full."""
+        """Cut sorted places into batches, permute those that are full, and deal out each."""
         num_full = len(places) // self.cells_per_batch
         full, rest = np.split(places, [num_full * self.cells_per_batch])
         permuted = full.reshape(num_full, self.cells_per_batch)[PlacePermutation(num_full, key).run(0, num_full)]
-        return np.concatenate([permuted.ravel(), rest])
+        return np.concatenate([permuted[:, self._dealt].ravel(), rest[deal(len(rest))]])
+
+
+def deal(num: int) -> npt.NDArray[np.int64]:
+    """The numbers below ``num`` by their bits reversed, int64: any run of them has small and large ones alike.
+
+    Of 2^m numbers each aligned run of 2^j is every 2^(m-j)-th number (van der Corput 1935), so that the sums over two
+    such runs of sorted lengths differ by no more than the longest and the shortest do.
+
+    >>> deal(8).tolist()
+    [0, 4, 2, 6, 1, 5, 3, 7]
+    """
+    numbers = np.arange(num)
+    turned = np.zeros(num, dtype=np.int64)
+    for _ in range((num - 1).bit_length()):
+        turned = turned << 1 | numbers & 1
+        numbers >>= 1
+    return np.argsort(turned)

@@ -102,6 +102,8 @@ class ValueRuns:
         self.file_bytes = 0
         self._num_values = np.zeros(num_genes, dtype=np.int64)
         self._scratch = Path(scratch) if scratch is not None else Path(tempfile.gettempdir())
+        if not self._scratch.is_dir():
+            raise InputError(f"there is no folder {self._scratch} for scratch: make it or name another")
         self._file: IO[bytes] | None = None
         self._runs: list[_Run] = []
         self._pieces: list[tuple[npt.NDArray[np.uint32], Float64Array]] = []

@@ -4,11 +4,12 @@ C cells.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 from pandas.api.types import (
     infer_dtype,
     is_bool_dtype,
@@ -25,6 +26,27 @@ MISSING = "(missing)"
 LARGEST_EXACT = 2**53
 """Whole numbers up to here are exact in float64."""
 _OBJECTS = np.dtype(object)
+_WHOLE = {
+    pa.int8(): pd.Int8Dtype(),
+    pa.int16(): pd.Int16Dtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.uint8(): pd.UInt8Dtype(),
+    pa.uint16(): pd.UInt16Dtype(),
+    pa.uint32(): pd.UInt32Dtype(),
+    pa.uint64(): pd.UInt64Dtype(),
+}
+
+
+def obs_frame(table: pa.Table) -> pd.DataFrame:
+    """A table of obs for pandas; whole numbers of which some are missing stay whole (`Int64` and its like)."""
+    lacking = [name for name in table.column_names if table[name].type in _WHOLE and table[name].null_count]
+    if not lacking:
+        return cast(pd.DataFrame, table.to_pandas(split_blocks=True))
+    whole = pd.DataFrame({name: table[name].to_pandas(types_mapper=_WHOLE.get) for name in lacking})
+    others = table.drop_columns(lacking).to_pandas(split_blocks=True)
+    frame: pd.DataFrame = pd.concat([others, whole], axis=1)[table.column_names]
+    return frame
 
 
 def groups_of(column: "pd.Series[Any]", where: str) -> tuple[npt.NDArray[np.int64], list[str]]:

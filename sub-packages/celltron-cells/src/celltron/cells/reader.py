@@ -85,10 +85,13 @@ class CellReader(Protocol):
         """The names of the columns of obs."""
 
     def obs_column(self, name: str) -> "pd.Series[Any]":
-        """One column of obs over all cells, read alone; an unknown name is an InputError."""
+        """One column of obs over all cells, read alone; an unknown name is an InputError.
 
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read everything and compare it with its checksums; what differs is an InputError that names the file."""
+        Whole numbers of which some are missing are pandas' nullable ones, such as ``Int64``, and never rounded.
+        """
+
+    def verify(self, progress: Callable[[int, int], None] | None = None, *, workers: int | None = None) -> None:
+        """Read everything, on some threads, and compare it with its checksums; an InputError names what differs."""
 
     def info(self) -> str:
         """A few lines for a person."""

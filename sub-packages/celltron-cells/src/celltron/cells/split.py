@@ -15,6 +15,7 @@ from celltron.cells.obs_union import groups_of
 from celltron.cells.reader import CellReader
 from celltron.cells.split_manifest import BY_CELL, FORMAT, SIDES, VERSION, SplitRule, read_split_manifest
 from celltron.core import InputError, KeyedPermutation, key_from, write_atomically
+from celltron.core.manifest import seal_manifest
 
 SPLIT_STREAM = 3
 """First word of the split's keys; order and masks have others."""
@@ -149,7 +150,7 @@ def _split(reader: CellReader, rule: SplitRule) -> Split:
         "groups": groups,
         **digests,
     }
-    return Split(train, validation, test, manifest)
+    return Split(train, validation, test, seal_manifest(manifest))
 
 
 def _digest(cells: npt.NDArray[np.int64]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 JSON of format ``celltron-split``. Version 2: ``reader`` (fingerprint), ``rule`` (`SplitRule`), ``groups`` (size and
 side of each), and for each of ``train``, ``validation`` and ``test`` the number of cells and the sha256 of their ids as
-little-endian int64. Version 1 had ``store`` for ``reader``, no test side, and a column's name alone as ``by``.
+little-endian int64; ``manifest_sha256`` is the checksum of the rest, as in an artefact. Version 1 had ``store`` for
+``reader``, no test side, no checksum of the whole, and a column's name alone as ``by``.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from celltron.core import InputError
+from celltron.core.manifest import fits_own_checksum
 
 FORMAT = "celltron-split"
 VERSION = 2
@@ -72,6 +74,8 @@ def _load(path: Path) -> dict[str, Any]:
     if type(version) is not int or version not in READABLE_VERSIONS:
         wanted = " or ".join(map(str, READABLE_VERSIONS))
         raise InputError(f"{path} has {FORMAT} version {version!r}, wanted {wanted}: make the split again")
+    if version > 1 and not fits_own_checksum(manifest):
+        raise InputError(f"{path} is damaged: it does not fit its own checksum; make the split again")
     return manifest
 
 

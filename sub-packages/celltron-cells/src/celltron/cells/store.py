@@ -6,7 +6,6 @@ C cells, G genes, N non-zero counts, S shards.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from celltron.cells.memory import copy_rows
+from celltron.cells.obs_union import obs_frame
 from celltron.cells.reader import Located, Rows, checked_cells
 from celltron.cells.shard import Shard, open_shard, shard_folder
 from celltron.cells.shard_table import ShardTable
 from celltron.cells.store_manifest import read_store_manifest
+from celltron.cells.threads import Progress
 from celltron.core import InputError
-
-Progress = Callable[[int, int], None]
 
 
 class CellStore:
@@ -128,30 +127,39 @@ class CellStore:
     @cached_property
     def genes(self) -> pd.DataFrame:
         """One row a gene, by index: ``gene_id``, ``gene_name``, ``species``, ``num_cells``, the sources' columns."""
-        path = self.path / self.manifest["gene_file"]
-        table = read_table(path)
-        ids = table["gene_id"].to_pylist() if "gene_id" in table.column_names else []
-        if len(ids) != self.num_genes or len(set(ids)) != len(ids) or not all(isinstance(gene, str) for gene in ids):
-            raise InputError(f"{path} is damaged: wanted {self.num_genes} different gene ids; convert the files again")
+        table = read_table(self._gene_file)
+        self._checked_ids(table)
         return cast(pd.DataFrame, table.to_pandas())
 
     @cached_property
     def gene_ids(self) -> tuple[str, ...]:
-        """The Ensembl id of each gene index."""
-        return tuple(self.genes["gene_id"])
+        """The Ensembl id of each gene index; no other column of the gene file is read."""
+        return self._checked_ids(read_table(self._gene_file, ["gene_id"]))
+
+    @property
+    def _gene_file(self) -> Path:
+        return self.path / str(self.manifest["gene_file"])
+
+    def _checked_ids(self, genes: pa.Table) -> tuple[str, ...]:
+        ids = genes["gene_id"].to_pylist() if "gene_id" in genes.column_names else []
+        if len(ids) != self.num_genes or len(set(ids)) != len(ids) or not all(isinstance(gene, str) for gene in ids):
+            raise InputError(
+                f"{self._gene_file} is damaged: wanted {self.num_genes} different gene ids; convert the files again"
+            )
+        return tuple(ids)
 
     @cached_property
     def obs(self) -> pd.DataFrame:
         """One row a cell: ``cell_id``, ``source``, ``total_counts``, the sources' columns."""
-        return cast(pd.DataFrame, self._read_obs(None).to_pandas(split_blocks=True))
+        return obs_frame(self._read_obs(None))
 
     def obs_column(self, name: str) -> "pd.Series[Any]":
-        """One column of obs, read alone."""
+        """One column of obs, read alone; whole numbers stay whole where some are missing, as pandas' ``Int64``."""
         if name not in self.obs_columns:
             raise InputError(
                 f"{self.path} has no obs column {name!r}: it has {', '.join(self.obs_columns)}; name one of these"
             )
-        return cast("pd.Series[Any]", self._read_obs([name]).to_pandas()[name])
+        return obs_frame(self._read_obs([name]))[name]
 
     @cached_property
     def obs_columns(self) -> list[str]:
@@ -196,11 +204,11 @@ class CellStore:
         """sha256 (hex) of the gene ids in order."""
         return fingerprint_of_genes(self.gene_ids)
 
-    def verify(self, progress: Progress | None = None) -> None:
+    def verify(self, progress: Progress | None = None, *, workers: int | None = None) -> None:
         """Read everything: see `celltron.cells.verify.verify_store`."""
         from celltron.cells.verify import verify_store
 
-        verify_store(self, progress=progress)
+        verify_store(self, workers=workers, progress=progress)
 
     def info(self) -> str:
         """A few lines for a person: see `celltron.cells.describe.describe_store`."""

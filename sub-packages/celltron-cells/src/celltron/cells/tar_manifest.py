@@ -4,7 +4,6 @@ B blocks, C cells.
 """
 
 import hashlib
-import json
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from celltron.cells.tar_format import (
     tar_name,
 )
 from celltron.core import MANIFEST_NAME, InputError
-from celltron.core.manifest import digest_of_manifest
+from celltron.core.manifest import check_format, file_entries, fits_own_checksum, is_sha256, parse_manifest
 
 COLUMNS = {
     "tar": pa.int32(),
@@ -46,7 +45,6 @@ COLUMNS = {
 }
 """Of ``blocks.parquet``, one row a block: its tar, its place there in bytes, its first cell, how many cells and counts
 it has, the types of its arrays, and the checksum of all its bytes."""
-_SIGNS = frozenset("0123456789abcdef")
 
 
 class Blocks(NamedTuple):
@@ -92,45 +90,29 @@ TYPE_BYTES = np.array([[np.dtype(name).itemsize for name in types] for types in 
 def read_tar_manifest(files: TarFiles) -> dict[str, Any]:
     """Read ``manifest.json`` and check it: its own checksum, format, version, and every number that is used."""
     where = files.where(MANIFEST_NAME)
-    try:
-        manifest = json.loads(files.read(MANIFEST_NAME, attempts=OPEN_ATTEMPTS).tobytes())
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{where} is not readable as JSON ({error}); copy the shards again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise InputError(f"{where}: this is a {str(found)[:60]!r}, wanted a {FORMAT!r}; give another folder or address")
-    if manifest.get("version") != VERSION or isinstance(manifest["version"], bool):
-        raise InputError(
-            f"{where}: version {str(manifest.get('version'))[:60]} cannot be read here, wanted {VERSION}; use the "
-            "celltron that wrote it, or write the shards again"
-        )
-    problem = _problem_of(manifest)
+    manifest = parse_manifest(files.read(MANIFEST_NAME, attempts=OPEN_ATTEMPTS).tobytes(), where)
+    check_format(manifest, where, format=FORMAT, versions=(VERSION,))
+    problem = _problem_of(manifest, where)
     if problem:
         raise InputError(f"{where} is damaged: {problem}; copy the shards again")
     return manifest
 
 
-def _problem_of(manifest: dict[str, Any]) -> str:
-    if digest_of_manifest(manifest) != manifest.get("manifest_sha256"):
+def _problem_of(manifest: dict[str, Any], where: str) -> str:
+    if not fits_own_checksum(manifest):
         return "it does not fit its own checksum"
     if not all(_is_count(manifest.get(key)) for key in ("cells", "genes", "nnz", "block_cells")):
         return "cells, genes, nnz and block_cells must be whole numbers"
-    if not _is_sha256(manifest.get("store_fingerprint")):
+    if not is_sha256(manifest.get("store_fingerprint")):
         return "store_fingerprint must be a sha256"
-    names, shards, files = manifest.get("obs_columns"), manifest.get("shards"), manifest.get("files")
+    names, shards, files = manifest.get("obs_columns"), manifest.get("shards"), file_entries(manifest, where)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return "obs_columns must be a list of names"
-    if not isinstance(shards, list) or not isinstance(files, dict):
-        return "shards must be a list, and files must map names to lengths and checksums"
+    if not isinstance(shards, list):
+        return "shards must be a list"
     wanted = [BLOCKS_NAME, GENES_NAME, *(name(i) for i in range(len(shards)) for name in (tar_name, obs_name))]
-    for name in wanted:
-        entry = files.get(name)
-        if not isinstance(entry, dict) or not _is_count(entry.get("bytes")) or not _is_sha256(entry.get("sha256")):
-            return f"it does not say length and checksum of {name}"
     if set(files) != set(wanted):
-        return "it lists files that are no part of tar shards"
+        return "the files it lists are not those of its shards"
     for i, shard in enumerate(shards):
         if not isinstance(shard, dict) or not all(_is_count(shard.get(key)) for key in ("cells", "blocks", "nnz")):
             return f"shard {i} must say how many cells, blocks and counts it has"
@@ -145,10 +127,6 @@ def _problem_of(manifest: dict[str, Any]) -> str:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
-
-
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= _SIGNS
 
 
 def read_checked(files: TarFiles, manifest: dict[str, Any], file: str) -> Bytes:

@@ -8,6 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from celltron.cells.obs_union import obs_frame
 from celltron.cells.tar_files import Bytes, TarFiles
 from celltron.cells.tar_format import OBS_PIECE_BYTES, obs_name
 from celltron.cells.threads import map_in_order
@@ -86,5 +87,4 @@ def read_obs_column(files: TarFiles, manifest: dict[str, Any], name: str, worker
         raise InputError(
             f"{files.name} is damaged: its obs files have {name} in different types; write the shards again"
         ) from error
-    series: pd.Series[Any] = whole.to_pandas()[name]
-    return series
+    return obs_frame(whole)[name]

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from celltron.cells.compiled import compiled
-from celltron.cells.memory import array_at, copy_rows
+from celltron.cells.memory import copy_rows
 from celltron.cells.reader import Located, Rows, checked_cells
+from celltron.cells.row_table import RowTable, locate_rows
 from celltron.cells.store import fingerprint_of_genes
 from celltron.cells.store_manifest import DTYPES
 from celltron.cells.tar_cache import BlockCache
@@ -23,56 +23,12 @@ from celltron.cells.tar_files import OPEN_ATTEMPTS, TarFiles, check_lengths, ope
 from celltron.cells.tar_format import BLOCKS_NAME, GENES_NAME, TYPES
 from celltron.cells.tar_manifest import TYPE_BYTES, read_blocks, read_table, read_tar_manifest
 from celltron.cells.tar_obs import read_obs_column
-from celltron.cells.tar_progress import Progress
+from celltron.cells.threads import Progress
 from celltron.core import InputError
 
 CACHE_BYTES = 512 * 2**20
-
-
-class _BlockTable(NamedTuple):
-    """Of the blocks that hold the wanted cells: first cell, number of counts, and the addresses of the arrays."""
-
-    first_cell: npt.NDArray[np.int64]
-    nnz: npt.NDArray[np.int64]
-    indptr: npt.NDArray[np.uint64]
-    indices: npt.NDArray[np.uint64]
-    counts: npt.NDArray[np.uint64]
-    totals: npt.NDArray[np.uint64]
-    index_bytes: npt.NDArray[np.int64]
-    count_bytes: npt.NDArray[np.int64]
-
-
-class _Places(NamedTuple):
-    """What `_locate` finds out about each cell; see `Located`."""
-
-    indices: npt.NDArray[np.uint64]
-    counts: npt.NDArray[np.uint64]
-    sizes: npt.NDArray[np.int64]
-    totals: npt.NDArray[np.float64]
-
-
-@compiled
-def _locate(
-    cells: npt.NDArray[np.int64],
-    place_of: npt.NDArray[np.int64],
-    table: _BlockTable,
-    ends_like: npt.NDArray[np.uint32],
-    totals_like: npt.NDArray[np.float64],
-    out: _Places,
-) -> int:
-    """Fill ``out``; returns the first place of the table whose block has a cell that ends where it does not, or -1."""
-    for k in range(cells.shape[0]):
-        i = place_of[k]
-        local = cells[k] - table.first_cell[i]
-        ends = array_at(table.indptr[i] + np.uint64(4 * local), 2, ends_like)
-        begin, end = np.int64(ends[0]), np.int64(ends[1])
-        if end < begin or end > table.nnz[i]:
-            return int(i)
-        out.indices[k] = table.indices[i] + np.uint64(begin * table.index_bytes[i])
-        out.counts[k] = table.counts[i] + np.uint64(begin * table.count_bytes[i])
-        out.sizes[k] = end - begin
-        out.totals[k] = array_at(table.totals[i] + np.uint64(8 * local), 1, totals_like)[0]
-    return -1
+_ENDS = np.empty(0, dtype=np.uint32)
+_KINDS = [(indices, counts, 0) for indices, counts in TYPES]
 
 
 class TarStore:
@@ -161,48 +117,26 @@ class TarStore:
         used, place_of = np.unique(self.blocks_of(cells), return_inverse=True)
         addresses, buffers = self._cache.hold(used)
         indptr, indices, counts, totals = addresses + self._begins[:, used]
-        kinds = self.blocks.types[used]
-        table = _BlockTable(
-            first_cell=self.blocks.bounds[used],
+        kinds = self.blocks.types[used].astype(np.int64)
+        table = RowTable(
+            starts=self.blocks.bounds[used],
             nnz=self.blocks.nnz[used],
             indptr=indptr,
             indices=indices,
             counts=counts,
             totals=totals,
-            index_bytes=TYPE_BYTES[kinds, 0],
-            count_bytes=TYPE_BYTES[kinds, 1],
+            index_bytes=TYPE_BYTES[kinds, 0].astype(np.uint64),
+            count_bytes=TYPE_BYTES[kinds, 1].astype(np.uint64),
+            kinds=kinds,
         )
-        num_cells = len(cells)
-        places = _Places(
-            np.empty(num_cells, dtype=np.uint64),
-            np.empty(num_cells, dtype=np.uint64),
-            np.empty(num_cells, dtype=np.int64),
-            np.empty(num_cells, dtype=np.float64),
-        )
-        bad = _locate(cells, place_of, table, _UINT32, _FLOAT64, places)
-        if bad >= 0:
-            raise InputError(
-                f"{self.blocks.describe(self.files, int(used[bad]))} is damaged: a cell ends where the "
-                "block does not; write the shards again"
+
+        def damage(place: int) -> InputError:
+            return InputError(
+                f"{self.blocks.describe(self.files, int(used[place]))} is damaged: a cell ends where the block does "
+                "not; write the shards again"
             )
-        kind_of = kinds[place_of]
-        parts = []
-        for kind in np.unique(kinds).tolist():
-            slots = np.flatnonzero(kind_of == kind)
-            parts.append(
-                Located(
-                    slots=slots,
-                    index_addresses=places.indices[slots],
-                    count_addresses=places.counts[slots],
-                    sizes=places.sizes[slots],
-                    totals=places.totals[slots],
-                    index_dtype=TYPES[kind][0],
-                    count_dtype=TYPES[kind][1],
-                    member=0,
-                    memory=(buffers,),
-                )
-            )
-        return parts
+
+        return locate_rows(cells, place_of, table, _ENDS, _KINDS, memory=(buffers,), damage=damage)
 
     def rows(self, cells: npt.ArrayLike) -> Rows:
         """Cells in the given order, repeats allowed, as copies; their blocks are all in memory meanwhile."""
@@ -271,11 +205,11 @@ class TarStore:
             self._obs[name] = read_obs_column(self.files, self.manifest, name, self.fetchers)
         return self._obs[name].copy()
 
-    def verify(self, progress: Progress | None = None) -> None:
+    def verify(self, progress: Progress | None = None, *, workers: int | None = None) -> None:
         """Read everything: see `celltron.cells.tar_verify.verify_tars`."""
         from celltron.cells.tar_verify import verify_tars
 
-        verify_tars(self, progress=progress)
+        verify_tars(self, workers=workers, progress=progress)
 
     def info(self) -> str:
         """A few lines for a person."""
@@ -304,9 +238,6 @@ class TarStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-_UINT32, _FLOAT64 = np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.float64)
 
 
 def _widest(types: npt.NDArray[np.int8]) -> tuple[str, str]:

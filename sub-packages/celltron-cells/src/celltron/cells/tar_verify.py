@@ -21,19 +21,19 @@ from celltron.cells.tar_format import (
     tar_name,
 )
 from celltron.cells.tar_manifest import read_checked
-from celltron.cells.tar_progress import Progress, SharedProgress
-from celltron.cells.threads import map_in_order
+from celltron.cells.threads import Progress, SharedProgress, map_in_order, num_workers
 from celltron.core import InputError
 
 if TYPE_CHECKING:
     from celltron.cells.tar_store import TarStore
 
 
-def verify_tars(store: "TarStore", *, progress: Progress | None = None) -> None:
+def verify_tars(store: "TarStore", *, workers: int | None = None, progress: Progress | None = None) -> None:
     """Read every file of tar shards and check it.
 
     Args:
         store: the shards.
+        workers: threads, each with a file at a time; None takes as many as fetch at once.
         progress: called with (bytes read, bytes in all).
 
     Raises:
@@ -58,7 +58,8 @@ def verify_tars(store: "TarStore", *, progress: Progress | None = None) -> None:
             return str(error)
         return ""
 
-    problems = [problem for problem in map_in_order(check, list(entries), store.fetchers) if problem]
+    workers = store.fetchers if workers is None else num_workers(workers)
+    problems = [problem for problem in map_in_order(check, list(entries), workers) if problem]
     if problems:
         raise InputError(f"{problems[0]} ({len(problems)} of {len(entries)} files are bad)")
     store.genes  # noqa: B018 - checks them

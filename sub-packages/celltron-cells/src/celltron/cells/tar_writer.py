@@ -37,8 +37,7 @@ from celltron.cells.tar_format import (
     tar_name,
 )
 from celltron.cells.tar_manifest import blocks_table
-from celltron.cells.tar_progress import Progress, SharedProgress
-from celltron.cells.threads import map_in_order, num_workers
+from celltron.cells.threads import Progress, SharedProgress, map_in_order, num_workers
 from celltron.core import InputError, __version__, write_artefact, write_atomically
 from celltron.core.durable import HashedFile, hash_file
 

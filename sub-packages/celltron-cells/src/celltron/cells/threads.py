@@ -1,6 +1,7 @@
 """Work on several threads whose results come in order, with little of it ahead of its use."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,8 @@ from celltron.core import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
 
 
 def num_workers(wanted: int | None) -> int:
@@ -35,3 +38,25 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], work
             yield ahead.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class SharedProgress:
+    """Adds up what threads have done and passes it on, one thread at a time.
+
+    Args:
+        progress: told of it; None for nobody.
+        total: all there is to do.
+    """
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, amount: int) -> None:
+        """So much more is done."""
+        if self._progress is not None:
+            with self._lock:
+                self._done += amount
+                self._progress(self._done, self._total)

@@ -4,7 +4,6 @@ C cells of a shard, G genes, N non-zero counts.
 """
 
 import itertools
-import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,26 +16,35 @@ import pyarrow.parquet as pq
 from celltron.cells.compiled import compiled
 from celltron.cells.shard import Shard, open_shard, shard_folder
 from celltron.cells.store import CellStore
-from celltron.cells.threads import map_in_order, num_workers
+from celltron.cells.threads import Progress, SharedProgress, map_in_order, num_workers
 from celltron.core import MANIFEST_NAME, InputError
-from celltron.core.manifest import _entries, _hash_file, _length_problem, _load, digest_of_manifest
+from celltron.core.manifest import file_entries, fits_own_checksum, hash_with_progress, length_problem, load_manifest
 
 WRONG_GENE, WRONG_COUNT = 1, 2
 SUM_TOLERANCE = 1e-9
 """A total may fall short of the sum of a cell's counts by this part of it: sums of fractions depend on their order."""
-Progress = Callable[[int, int], None]
+SHOWN_FILES = 5
 Problems = dict[str, str]
 """What is wrong with files, by their names in the manifest."""
 
 
 class DamageError(InputError):
-    """Files of a store are bad; ``bad`` holds the path of each and what is wrong with it."""
+    """Files of a store are bad; ``bad`` holds the path of each and what is wrong with it.
 
-    def __init__(self, bad: list[tuple[Path, str]], num_files: int) -> None:
-        self.bad = bad
-        path, problem = bad[0]
+    Args:
+        folder: the store.
+        problems: of each bad file.
+        num_files: how many files the store has.
+    """
+
+    def __init__(self, folder: Path, problems: Problems, num_files: int) -> None:
+        self.bad = [(folder / name, problem) for name, problem in problems.items()]
+        first, *others = problems
+        more = ", ".join(others[: SHOWN_FILES - 1]) + ", …" * (len(others) >= SHOWN_FILES)
+        also = f" (also {more})" if others else ""
         super().__init__(
-            f"{path}: {problem}; {len(bad)} of {num_files} files are bad, copy the store or convert its files again"
+            f"{folder / first}: {problems[first]}; {len(problems)} of {num_files} files are bad{also}, copy the store "
+            "or convert its files again"
         )
 
 
@@ -59,12 +67,12 @@ def verify_store(
         InputError: there is no manifest that could be read.
     """
     folder = store.path if isinstance(store, CellStore) else Path(store)
-    manifest = _load(folder)
-    entries = _entries(manifest, folder / MANIFEST_NAME)
+    manifest = load_manifest(folder)
+    entries = file_entries(manifest, folder / MANIFEST_NAME)
     problems: Problems = {}
-    if digest_of_manifest(manifest) != manifest.get("manifest_sha256"):
+    if not fits_own_checksum(manifest):
         problems[MANIFEST_NAME] = "it does not fit its own checksum"
-    lengths = {name: _length_problem(folder, name, entry["bytes"]) for name, entry in entries.items()}
+    lengths = {name: length_problem(folder, name, entry["bytes"]) for name, entry in entries.items()}
     problems |= {name: problem for name, problem in lengths.items() if problem}
     opened: CellStore | None = None
     if not any(lengths.values()):
@@ -72,7 +80,7 @@ def verify_store(
             opened = CellStore.open(folder)
         except InputError as error:
             problems.setdefault(MANIFEST_NAME, _without_path(folder / MANIFEST_NAME, error))
-    read = _report_bytes(progress, sum(entry["bytes"] for entry in entries.values()))
+    read = SharedProgress(progress, sum(entry["bytes"] for entry in entries.values()))
     hashes = {name: entry["sha256"] for name, entry in entries.items() if name not in problems}
 
     def check_group(names: list[str]) -> tuple[Problems, npt.NDArray[np.int64] | None]:
@@ -93,7 +101,7 @@ def verify_store(
         problems[MANIFEST_NAME] = "no file fits it, as if it were the manifest of another store"
     if problems:
         names = [name for name in (MANIFEST_NAME, *entries) if name in problems]
-        raise DamageError([(folder / name, problems[name]) for name in names], len(entries) + 1)
+        raise DamageError(folder, {name: problems[name] for name in names}, len(entries) + 1)
 
 
 def _without_path(path: Path, error: InputError) -> str:
@@ -101,23 +109,9 @@ def _without_path(path: Path, error: InputError) -> str:
     return str(error).removeprefix(f"{path}").removeprefix(":").strip().removeprefix("is damaged:").strip()
 
 
-def _report_bytes(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """Bytes of several threads, summed up for ``progress``."""
-    lock, done = threading.Lock(), 0
-
-    def read(num_bytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += num_bytes
-            if progress is not None:
-                progress(done, total)
-
-    return read
-
-
 def _hash_problem(path: Path, sha256: str, read: Callable[[int], None]) -> str | None:
     try:
-        fits = _hash_file(path, read) == sha256
+        fits = hash_with_progress(path, read) == sha256
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return None if fits else "its content does not fit its checksum"

@@ -26,7 +26,7 @@ from celltron.core.durable import (
 from celltron.core.durable import write_atomically as write_atomically
 from celltron.core.errors import BeingWrittenError, InputError
 from celltron.core.manifest import MANIFEST_NAME as MANIFEST_NAME
-from celltron.core.manifest import digest_of_manifest, list_files
+from celltron.core.manifest import list_files, seal_manifest
 from celltron.core.manifest import read_manifest as read_manifest
 from celltron.core.manifest import verify_artefact as verify_artefact
 from celltron.core.version import __version__
@@ -73,8 +73,9 @@ def begin_artefact(final: Path, *, replace: bool = False, resume: bool = False) 
         shutil.rmtree(partial)
     partial.mkdir(exist_ok=resume)
     _open_partials[partial] = _OpenPartial(replace=replace, resume=resume, lock=_lock_or_refuse(partial, final))
-    if resume:
-        (partial / MANIFEST_NAME).unlink(missing_ok=True)  # the run broke off on its last step
+    if resume:  # a run that broke off on its last step left a manifest, or a part of one
+        for path in (partial / MANIFEST_NAME, *partial.glob(f".{MANIFEST_NAME}.*.tmp")):
+            path.unlink(missing_ok=True)
     return partial
 
 
@@ -152,7 +153,7 @@ def new_manifest(
     meta = json.loads(json.dumps(dict(meta), allow_nan=False))
     listed = {name: dict(files[name]) for name in sorted(files)}
     manifest = {"format": format, "version": version, "celltron_version": __version__, **meta, "files": listed}
-    return manifest | {"manifest_sha256": digest_of_manifest(manifest)}
+    return seal_manifest(manifest)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -33,20 +33,11 @@ def read_manifest(folder: Path, *, format: str, versions: Collection[int]) -> di
         InputError: anything differs; the sentence names the file.
     """
     folder = Path(folder)
-    manifest = _load(folder)
+    manifest = load_manifest(folder)
     path = folder / MANIFEST_NAME
-    found = manifest.get("format")
-    if found != format:
-        raise InputError(f"{path}: this is a {_show(found)}, wanted a {_show(format)}; give another folder")
-    version = manifest.get("version")
-    if isinstance(version, bool) or not isinstance(version, int) or version not in versions:
-        known = ", ".join(str(number) for number in sorted(versions))
-        raise InputError(
-            f"{path}: {format} version {_show(version)} cannot be read here, wanted version {known}; "
-            "use the celltron that wrote it, or write it again"
-        )
-    for name, entry in _entries(manifest, path).items():
-        problem = _length_problem(folder, name, entry["bytes"])
+    check_format(manifest, path, format=format, versions=versions)
+    for name, entry in file_entries(manifest, path).items():
+        problem = length_problem(folder, name, entry["bytes"])
         if problem:
             raise InputError(f"{folder / name}: {problem}; the folder is damaged or was copied only in part")
     return manifest
@@ -63,14 +54,14 @@ def verify_artefact(folder: Path, *, progress: Callable[[int], None] | None = No
         InputError: it names the first bad file and says how many are bad.
     """
     folder = Path(folder)
-    manifest = _load(folder)
+    manifest = load_manifest(folder)
     bad: list[tuple[Path, str]] = []
-    if digest_of_manifest(manifest) != manifest.get("manifest_sha256"):
+    if not fits_own_checksum(manifest):
         bad.append((folder / MANIFEST_NAME, "it does not fit its own checksum"))
-    entries = _entries(manifest, folder / MANIFEST_NAME)
+    entries = file_entries(manifest, folder / MANIFEST_NAME)
     for name, entry in entries.items():
-        problem = _length_problem(folder, name, entry["bytes"])
-        if not problem and _hash_file(folder / name, progress) != entry["sha256"]:
+        problem = length_problem(folder, name, entry["bytes"])
+        if not problem and hash_with_progress(folder / name, progress) != entry["sha256"]:
             problem = "its content does not fit its checksum"
         if problem:
             bad.append((folder / name, problem))
@@ -116,8 +107,23 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def _load(folder: Path) -> dict[str, Any]:
-    """Read the manifest as a JSON object."""
+def is_sha256(value: object) -> bool:
+    """Whether a value is a sha256 in lower-case hex."""
+    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
+
+
+def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with its own checksum as its last key."""
+    return {**manifest, "manifest_sha256": digest_of_manifest(manifest)}
+
+
+def fits_own_checksum(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest carries the checksum of its content."""
+    return digest_of_manifest(manifest) == manifest.get("manifest_sha256")
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's manifest as a JSON object; nothing else of it is checked."""
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         if folder.exists():
@@ -129,28 +135,57 @@ def _load(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: it has no {MANIFEST_NAME}, so it is no complete artefact; check the path")
     if path.stat().st_size > _MAX_MANIFEST_BYTES:
         raise InputError(f"{path}: larger than {_MAX_MANIFEST_BYTES} bytes, no manifest is; write the artefact again")
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(data: bytes, where: Path | str) -> dict[str, Any]:
+    """Read bytes as a JSON object.
+
+    Args:
+        data: a file's content.
+        where: its path or address, for messages.
+    """
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); copy or write the artefact again") from error
+        raise InputError(f"{where}: not readable as JSON ({error}); copy or write the artefact again") from error
     if not isinstance(manifest, dict):
-        raise InputError(f"{path}: wanted a JSON object, found {_show(manifest)}; copy or write the artefact again")
+        raise InputError(f"{where}: wanted a JSON object, found {_show(manifest)}; copy or write the artefact again")
     return manifest
 
 
-def _entries(manifest: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """Check the shape of the manifest's list of files and that no name leaves the folder."""
+def check_format(manifest: Mapping[str, Any], where: Path | str, *, format: str, versions: Collection[int]) -> None:
+    """Refuse a manifest of another format or version; see `read_manifest`."""
+    found = manifest.get("format")
+    if found != format:
+        raise InputError(f"{where}: this is a {_show(found)}, wanted a {_show(format)}; give another folder")
+    version = manifest.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version not in versions:
+        known = ", ".join(str(number) for number in sorted(versions))
+        raise InputError(
+            f"{where}: {format} version {_show(version)} cannot be read here, wanted version {known}; "
+            "use the celltron that wrote it, or write it again"
+        )
+
+
+def file_entries(manifest: Mapping[str, Any], where: Path | str) -> dict[str, dict[str, Any]]:
+    """The files of an untrusted manifest by name, each with ``bytes`` and ``sha256``; no name leaves the folder.
+
+    Args:
+        manifest: the manifest.
+        where: its path or address, for messages.
+    """
     files = manifest.get("files")
     if not isinstance(files, dict):
-        raise InputError(f"{path}: 'files' must map names to lengths and checksums; write the artefact again")
+        raise InputError(f"{where}: 'files' must map names to lengths and checksums; write the artefact again")
     for name, entry in files.items():
         if not _is_safe(name):
-            raise InputError(f"{path}: the file name {name!r} leaves the folder; do not trust this artefact")
+            raise InputError(f"{where}: the file name {name!r} leaves the folder; do not trust this artefact")
         num_bytes = entry.get("bytes") if isinstance(entry, dict) else None
         digest = entry.get("sha256") if isinstance(entry, dict) else None
         is_length = isinstance(num_bytes, int) and not isinstance(num_bytes, bool) and num_bytes >= 0
-        if not is_length or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise InputError(f"{path}: the entry of {name!r} must hold bytes and sha256; write the artefact again")
+        if not is_length or not is_sha256(digest):
+            raise InputError(f"{where}: the entry of {name!r} must hold bytes and sha256; write the artefact again")
     return files
 
 
@@ -162,8 +197,8 @@ def _is_safe(name: str) -> bool:
     return not PurePosixPath(name).is_absolute() and all(part not in ("", ".", "..") for part in parts)
 
 
-def _length_problem(folder: Path, name: str, num_bytes: int) -> str | None:
-    """Say what is wrong with a listed file, by its kind and length alone."""
+def length_problem(folder: Path, name: str, num_bytes: int) -> str | None:
+    """What is wrong with a listed file, by its kind and length alone; None if nothing is."""
     path = folder
     for part in name.split("/"):
         path = path / part
@@ -180,7 +215,8 @@ def _length_problem(folder: Path, name: str, num_bytes: int) -> str | None:
     return None
 
 
-def _hash_file(path: Path, progress: Callable[[int], None] | None) -> str:
+def hash_with_progress(path: Path, progress: Callable[[int], None] | None) -> str:
+    """The sha256 (hex) of a file; ``progress`` is called with the number of bytes hashed since its last call."""
     digest = hashlib.sha256()
     for chunk in _chunks(path):
         digest.update(chunk)

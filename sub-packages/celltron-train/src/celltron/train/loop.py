@@ -61,7 +61,10 @@ class LoopConfig:
     global_batch_size: int = 64
     """Cells an optimizer step, over all processes."""
     micro_batch_size: int = 8
-    """Cells that one process computes on at once."""
+    """Cells of full length that one process computes on at once."""
+    packing: bool = True
+    """Whether cells follow each other without padding, as many at once as have the tokens of those; false pads
+    `micro_batch_size` cells of like length to the longest."""
     seed: int = 0
     """Seed of initial weights, order, masks and dropout."""
     log_every: int = 10
@@ -81,19 +84,23 @@ class LoopConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}, but must not be negative")
 
-    def num_micro_batches(self, data_parallel: int) -> int:
-        """Micro-batches a process and step.
+    def check_batches(self, data_parallel: int) -> None:
+        """Check that a global batch can be dealt to processes.
 
         Raises:
-            InputError: micro-batch x data-parallel does not divide the global batch.
+            InputError: there are fewer cells than processes, or padded micro-batches do not divide the global batch.
         """
+        if self.global_batch_size < data_parallel:
+            raise InputError(
+                f"loop.global_batch_size {self.global_batch_size} is less than the {data_parallel} data-parallel "
+                "processes, each of which needs a cell; raise it, or start fewer processes"
+            )
         portion = self.micro_batch_size * data_parallel
-        if self.global_batch_size % portion:
+        if not self.packing and self.global_batch_size % portion:
             raise InputError(
                 f"loop.global_batch_size {self.global_batch_size} is not micro-batches x loop.micro_batch_size "
                 f"{self.micro_batch_size} x {data_parallel} data-parallel processes; choose a multiple of {portion}"
             )
-        return self.global_batch_size // portion
 
     def check_continues(self, step: int, *, seed: int, where: str) -> None:
         """Check that these settings can go on after a step of a run; `where` names its checkpoint.

@@ -35,10 +35,10 @@ class AnndataFrame:
         version = None if is_array(node) else node.attrs.get("encoding-version")
         if version == "0.2.0":
             index = str(node.attrs["_index"])
-            self._index = _element_reader(node[index])[0]
+            self._index = element_reader(node[index])[0]
             for column in (str(column) for column in node.attrs["column-order"]):
                 if column != index:
-                    self._add(column, *_element_reader(node[column]))
+                    self._add(column, *element_reader(node[column]))
             self.num_rows = _length(node[index])
             for column in self.readers:
                 if _length(node[column]) != self.num_rows:
@@ -95,7 +95,7 @@ def _is_text(node: Any) -> bool:
     return node.dtype.kind in "TU" or node.attrs.get("encoding-type") == "string-array"
 
 
-def _element_reader(node: Any) -> tuple[Reader, str]:
+def element_reader(node: Any) -> tuple[Reader, str]:
     """The reader for one column, by its anndata encoding, and what was done to it, if anything."""
     if is_array(node):
         if _is_text(node):

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pyarrow as pa
 
-from celltron.cells.ingest.anndata_frame import Reader, _element_reader, as_text
+from celltron.cells.ingest.anndata_frame import Reader, as_text, element_reader
 from celltron.cells.ingest.damage import damaged, reading
 
 
@@ -40,7 +40,7 @@ class DatasetFrame:
         if dataset.shape != (self.num_rows,) or not is_plain(dataset):
             kind = f"{dataset.dtype} of the shape {dataset.shape}"
             raise damaged(self._name, f"{dataset.name} is {kind}, wanted texts or numbers for {self.num_rows} rows")
-        return _element_reader(dataset)[0]
+        return element_reader(dataset)[0]
 
     @property
     def columns(self) -> list[str]:

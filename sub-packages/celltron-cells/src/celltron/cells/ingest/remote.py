@@ -32,6 +32,10 @@ BLOCKS_AHEAD = 32
 KEPT_BLOCKS = 512
 
 
+class UnreachableError(InputError):
+    """An address does not answer now, or no longer lets us in; nothing need be wrong with what lies there."""
+
+
 def is_address(spec: str) -> bool:
     """Whether a source is named by an address such as ``s3://bucket/file.h5ad``, not by a path."""
     return "://" in spec
@@ -53,7 +57,10 @@ def open_file_system(spec: str, storage: Mapping[str, Any] | None) -> tuple[Any,
 
 @contextmanager
 def network(spec: str) -> Iterator[None]:
-    """Turn what goes wrong on the way to an address into one sentence; each protocol's library has its own errors."""
+    """Turn what goes wrong on the way to an address into one sentence; each protocol's library has its own errors.
+
+    What another time might go well is an `UnreachableError`.
+    """
     try:
         yield
     except (InputError, ImportError):
@@ -64,10 +71,10 @@ def network(spec: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and not refused:  # fsspec says so also if there is no server
             raise InputError(f"there is nothing at {spec}: check the address") from error
         if isinstance(error, PermissionError):
-            raise InputError(
+            raise UnreachableError(
                 f"{spec} may not be read with these credentials ({_words(error)}): pass others in storage"
             ) from error
-        raise InputError(
+        raise UnreachableError(
             f"{spec} cannot be reached ({_words(cause or error)}): check the address, the network and storage"
         ) from error
 
@@ -155,7 +162,7 @@ class RemoteFile:
                     found[i] = np.frombuffer(bytearray(answer), dtype=np.uint8)
         short = next((i for i in range(len(ranges)) if i not in found), None)
         if short is not None:
-            raise InputError(f"the server of {self.name} keeps sending less than was asked for: try again later")
+            raise UnreachableError(f"the server of {self.name} keeps sending less than was asked for: try again later")
         return [found[i] for i in range(len(ranges))]
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from celltron.models.geneformer.config import GeneformerConfig
 from celltron.models.layers.embedding import BertEmbedding
 from celltron.models.layers.head import BertHeadTransform
 from celltron.models.layers.initialise import initialise
+from celltron.models.layers.packing import PackedCells
 from celltron.models.layers.post_norm import post_norm_torch_spec
 
 NUM_TOKEN_TYPES = 2
@@ -86,26 +87,30 @@ class Geneformer(LanguageModule):
         self.encoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
-        self, tokens_BS: torch.Tensor, is_padding_BS: torch.Tensor, places_M: torch.Tensor | None = None
+        self,
+        tokens_BS: torch.Tensor,
+        is_padding_BS: torch.Tensor | None = None,
+        places_M: torch.Tensor | None = None,
+        *,
+        packed: PackedCells | None = None,
     ) -> torch.Tensor:
         """Run this stage.
 
         Args:
-            tokens_BS: Token ids, int64.
+            tokens_BS: Token ids, int64: a cell a row, or one row of packed cells.
             is_padding_BS: True where there is no token; such places are never attended to.
             places_M: The places to predict, as b x S + s, int64; None means all, in that order.
+            packed: Where the cells of a packed row end; none attends to another.
 
         Returns:
             On the last stage the logits of this rank's part of the vocabulary, [M, V_local]; on others the hidden
             states [S, B, D] for the next.
         """
-        # A cell without tokens would have nothing to attend to; the first place of every other cell is a token.
-        is_hidden_BS = is_padding_BS.clone()
-        is_hidden_BS[:, 0] = False
-        has_padding = bool(is_hidden_BS.any())  # syncs the host
-        attention_mask = is_hidden_BS[:, None, None, :] if has_padding else None
-        embedded_SBD = self.embedding(tokens_BS) if self.pre_process else None
-        hidden_SBD: torch.Tensor = self.encoder(hidden_states=embedded_SBD, attention_mask=attention_mask)
+        places_T = None if packed is None else packed.places_T
+        embedded_SBD = self.embedding(tokens_BS, places_T) if self.pre_process else None
+        hidden_SBD: torch.Tensor = self.encoder(
+            hidden_states=embedded_SBD, attention_mask=_attention_mask(is_padding_BS), packed_seq_params=packed
+        )
         if not self.post_process:
             return hidden_SBD
         return self._logits(hidden_SBD, places_M)
@@ -124,6 +129,17 @@ class Geneformer(LanguageModule):
             self.head(hidden_MD)[:, None, :], weight=self.shared_embedding_or_output_weight()
         )[0]
         return logits_M1V[:, 0, :]
+
+
+def _attention_mask(is_padding_BS: torch.Tensor | None) -> torch.Tensor | None:
+    """True where a place must not be attended to, [B, 1, 1, S]; None where there is none."""
+    if is_padding_BS is None:
+        return None
+    # A cell without tokens would have nothing to attend to; the first place of every other cell is a token.
+    is_hidden_BS = is_padding_BS.clone()
+    is_hidden_BS[:, 0] = False
+    has_padding = bool(is_hidden_BS.any())  # syncs the host
+    return is_hidden_BS[:, None, None, :] if has_padding else None
 
 
 def _without_sequence_parallelism(config: TransformerConfig) -> TransformerConfig:

@@ -48,9 +48,13 @@ class BertEmbedding(MegatronModule):
         self.norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.dropout = torch.nn.Dropout(config.hidden_dropout)
 
-    def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """Return [S, B, D], or this rank's part of S under sequence parallelism."""
-        places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+    def forward(self, tokens_BS: torch.Tensor, places_S: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [S, B, D], or this rank's part of S under sequence parallelism.
+
+        `places_S` says where in its cell each token stands, for cells packed into one row; rows are cells without.
+        """
+        if places_S is None:
+            places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         embedded_BSD = (
             self.word_embeddings(tokens_BS)
             + self.position_embeddings(places_S)

@@ -1,0 +1,158 @@
+"""What `train_step.py` measures: training steps of celltron and of transformers' `BertForMaskedLM`, on the same cells.
+
+Run as a program it takes one job as JSON on standard input and answers with JSON on standard output: the seconds of
+each step, after one that is not counted. A step is everything: the batch is made, run forward and backward, and AdamW
+updates the parameters.
+
+B cells of a batch, S places of its longest cell.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from celltron.cells import NO_LABEL, Batch, pad_batch
+from celltron.core import build_config
+from celltron.models.geneformer import GeneformerConfig, build_geneformer
+from celltron.recipes.geneformer_pretrain import Config, forward_step, make_step_batch
+from celltron.train.launch import Launch, start_process_group
+from celltron.train.loop import Job, StepBatch, fit
+from celltron.train.metrics import MetricsWriter
+from celltron.train.optimizer import wrap_model
+from celltron.train.parallel import start_model_parallel
+from celltron.train.precision import DTYPES
+
+
+def main() -> None:
+    """Measure one job."""
+    job = json.load(sys.stdin)
+    torch.set_num_threads(job["threads"])
+    with np.load(job["cells"]) as arrays:
+        batch = Batch(**{name: arrays[name] for name in ("tokens", "labels", "lengths", "cells", "epochs")})
+    function = {"celltron": time_celltron, "transformers": time_transformers}[job["system"]]
+    print(json.dumps({"seconds": function(job, batch), "torch": torch.__version__}))
+
+
+class Repeated:
+    """The same cells at every step, made to micro-batches anew; notes when it is asked."""
+
+    def __init__(self, make: Callable[[], StepBatch]) -> None:
+        self.make = make
+        self.times: list[float] = []
+
+    def note(self) -> None:
+        """One step is over."""
+        torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def __next__(self) -> StepBatch:
+        self.note()
+        return self.make()
+
+    def state(self) -> dict[str, int]:
+        """Nothing is resumed."""
+        return {}
+
+
+def time_celltron(job: dict[str, Any], batch: Batch) -> list[float]:
+    """Steps of the training loop itself, with its optimizer."""
+    device = torch.device(job["device"])
+    config = build_config(Config, job["config"])
+    start_process_group(Launch(), device)
+    start_model_parallel(config.parallel, seed=0)
+    dtype = DTYPES[config.precision]
+    model = build_geneformer(
+        config.model, num_tokens=job["num_tokens"], dtype=dtype, sequence_parallel=False, seed=0
+    )
+    wrapped, optimizer = wrap_model(model, config.optimizer, dtype=dtype, distributed_optimizer=False)
+    corpus: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocabulary=SimpleNamespace(pad_id=job["pad_id"])))
+    stream = Repeated(lambda: make_step_batch(config, corpus, batch, device))
+
+    def end() -> Iterator[StepBatch]:
+        stream.note()
+        return iter(())
+
+    with TemporaryDirectory() as folder:
+        fit(
+            config.loop,
+            Job(
+                model=wrapped,
+                optimizer=optimizer,
+                weight_decay=config.optimizer.weight_decay,
+                schedule=config.schedule,
+                forward_step=forward_step,
+                train=stream,
+                validation=end,
+                checkpoints=SimpleNamespace(save=lambda *unused: "nothing"),  # type: ignore[arg-type]
+                metrics=MetricsWriter(Path(folder), is_main=False, first_step=1),
+            ),
+        )
+    return np.diff(stream.times).tolist()[1:]
+
+
+def time_transformers(job: dict[str, Any], batch: Batch) -> list[float]:
+    """The same model as its users train it: SDPA, autocast for bf16, batches of `batch_size` cells, fused AdamW."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    shape = GeneformerConfig(**job["config"]["model"])
+    device = torch.device(job["device"])
+    model = BertForMaskedLM(
+        BertConfig(  # type: ignore[call-arg]
+            vocab_size=job["num_tokens"],
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_attention_heads,
+            intermediate_size=shape.ffn_hidden_size,
+            hidden_act="relu",
+            hidden_dropout_prob=shape.hidden_dropout,
+            attention_probs_dropout_prob=shape.attention_dropout,
+            max_position_embeddings=shape.max_positions,
+            layer_norm_eps=shape.norm_epsilon,
+            pad_token_id=job["pad_id"],
+            attn_implementation="sdpa",
+        )
+    )
+    model.to(device)  # type: ignore[arg-type]
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    is_half = job["config"]["precision"] == "bf16"
+    seconds = []
+    for _ in range(job["config"]["loop"]["max_steps"]):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        for inputs in _transformers_batches(job, batch):
+            tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+            with torch.autocast(device.type, torch.bfloat16) if is_half else nullcontext():
+                loss = model(**tensors).loss
+            loss.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def _transformers_batches(job: dict[str, Any], batch: Batch) -> Iterator[dict[str, np.ndarray]]:
+    """Padded to one length, or grouped by length as the Trainer does it, each batch padded to its longest cell."""
+    length = job["padded_to"]
+    cells = batch if length else batch.sorted_by_length()
+    for part in cells.split(job["batch_size"]):
+        padded = pad_batch(part, pad_id=job["pad_id"], length=length)
+        yield {
+            "input_ids": padded.tokens_BS,
+            "attention_mask": (~padded.is_padding_BS).astype(np.int64),
+            "labels": np.where(padded.is_padding_BS, NO_LABEL, padded.labels_BS),
+        }
+
+
+if __name__ == "__main__":
+    main()
