@@ -57,7 +57,7 @@ def test_every_bad_file_is_listed(celltron: Celltron, store: Path) -> None:
     assert ended.code == 2 and len(ended.stdout.splitlines()) == 2 and ended.stderr.count("\n") == 1
     for path in (store / "genes.parquet", counts):
         assert f"{path}: " in ended.stdout
-    assert "2 of 7 files are bad (also shards/00000/counts.bin)" in ended.stderr
+    assert "; 2 of 17 files are bad (also shards/00000/counts.bin)" in ended.stderr
 
 
 def test_medians_in_another_scratch_folder(celltron: Celltron, store: Path, tmp_path: Path) -> None:
