@@ -314,14 +314,22 @@ class TrainStream:
             world_size=world_size,
             state=state,
         )
+        self.before = self.loader.state
 
     def __next__(self) -> StepBatch:
+        self.before = self.loader.state
         return make_step_batch(self.config, self.corpus, next(self.loader), self.device)
 
     def state(self) -> dict[str, int]:
         """The loader's three numbers."""
         state = self.loader.state
         return {"seed": state.seed, "epoch": state.epoch, "position": state.position}
+
+    def cells(self) -> list[int]:
+        """Ids of the last global batch's cells, as the store numbers them."""
+        cells, *_ = self.loader.order.take(self.before, self.config.loop.global_batch_size, epochs=None)
+        ids: list[int] = cells.tolist()
+        return ids
 
 
 def validation_batches(config: Config, corpus: Corpus, device: torch.device) -> Iterator[StepBatch]:

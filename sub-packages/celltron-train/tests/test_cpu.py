@@ -107,3 +107,28 @@ def test_only_a_run_on_a_cpu_imports_it() -> None:
                 importers.append((path.name, node in tree.body))
     # In a function, for a CPU device; see test_launch.py.
     assert importers == [("launch.py", False)]
+
+
+def test_products_of_bfloat16_are_made_in_float32_and_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(5, 64, 64, generator=generator).bfloat16().requires_grad_() for _ in range(2))
+    bias = torch.randn(64, generator=generator).bfloat16()
+    with cpu._CudaMeansCpu(has_bfloat16=False):
+        products = [
+            torch.matmul(a, b),
+            a.matmul(b),
+            a @ b,
+            torch.nn.functional.linear(a, b[0], bias=bias),
+            torch.nn.functional.scaled_dot_product_attention(a, b, b, dropout_p=0.0),
+        ]
+        (gradient,) = torch.autograd.grad(products[0].float().square().sum(), a)
+    x, y = a.detach().float(), b.detach().float()
+    expected = [
+        *3 * [x @ y],
+        x @ y[0].T + bias.float(),
+        torch.nn.functional.scaled_dot_product_attention(x, y, y),
+    ]
+    for product, value in zip(products, expected, strict=True):
+        assert product.dtype is torch.bfloat16
+        assert torch.equal(product, value.bfloat16())
+    assert torch.equal(gradient, ((2 * (x @ y).bfloat16().float()).bfloat16().float() @ y.mT).bfloat16())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,9 @@ class Stream:
 
     def state(self) -> dict[str, int]:
         return {"number": self.number}
+
+    def cells(self) -> list[int]:
+        return [10 * self.number + place for place in range(4)]
 
 
 class CheckpointsInMemory(Checkpoints):
@@ -263,45 +267,72 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(make_job: Callable[..
     assert parameters_of(resumed) == parameters_of(whole)
 
 
-def spoil(value: float) -> Callable[..., tuple[torch.Tensor, LossFunction]]:
-    """A forward step whose loss is no number in the batch with that input."""
+class SpoiltGradient(torch.autograd.Function):
+    """The identity, but for its gradient, which is multiplied."""
+
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor, factor: float) -> torch.Tensor:
+        context.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * context.factor, None
+
+
+def spoil(what: str, value: float, *, batches: set[int]) -> Callable[..., tuple[torch.Tensor, LossFunction]]:
+    """A forward step whose loss or gradient is no finite number in the second micro-batch of those batches."""
+    inputs = [make_batch(number).micro_batches[1][0] for number in batches]
 
     def forward(micro_batch: MicroBatch, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         output, loss_function = forward_step(micro_batch, model)
-        is_spoilt = torch.equal(micro_batch[0], make_batch(3).micro_batches[1][0])
-        return output * (value if is_spoilt else 1.0), loss_function
+        factor = value if any(torch.equal(micro_batch[0], spoilt) for spoilt in inputs) else 1.0
+        return (output * factor if what == "loss" else SpoiltGradient.apply(output, factor)), loss_function
 
     return forward
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_refused_before_the_update(make_job: Callable[..., Job], value: float) -> None:
-    spoilt, stopped = make_job(forward_step=spoil(value)), make_job()
-    with pytest.raises(InputError, match="the loss of step 3 is (nan|inf), no number; .* schedule.learning_rate"):
-        fit(CONFIG, spoilt)
-    # Both steps are of the warm-up, which does not know how long the run is.
-    fit(replace(CONFIG, max_steps=2), stopped)
-    assert parameters_of(spoilt) == parameters_of(stopped)
-    assert spoilt.checkpoints.states == []
+@pytest.mark.parametrize(
+    ("what", "value", "reason"),
+    [
+        ("loss", math.nan, "the loss is nan"),
+        ("loss", math.inf, "the loss is inf"),
+        ("gradient", math.nan, "the gradient norm is nan"),
+        ("gradient", math.inf, "the gradient norm is (nan|inf)"),
+    ],
+)
+def test_a_step_that_is_no_number_is_skipped(
+    make_job: Callable[..., Job], what: str, value: float, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = make_job(forward_step=spoil(what, value, batches={3}))
+    fit(replace(CONFIG, save_every=1), spoilt)
+    (note,) = read(spoilt, "skipped")
+    assert re.fullmatch(reason, note["skipped"])
+    assert (note["step"], note["cells"]) == (3, [30, 31, 32, 33])
+    records = read(spoilt, "loss")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["grad_norm"] is None for record in records] == [False, False, True, False]
+    assert (records[2]["loss"] is None) == (what == "loss")
+    assert "step       3  skipped, since the" in capsys.readouterr().err
+    # Neither parameters nor moments know of it: as if the step had not been.
+    without = make_job()
+    fit(replace(CONFIG, max_steps=2), without)
+    without.train.number = 3
+    fit(CONFIG, without, first_step=4)
+    assert parameters_of(spoilt) == parameters_of(without)
+    assert [state.step for state in spoilt.checkpoints.states] == [1, 2, 3, 4]
 
 
-def test_a_gradient_that_is_no_number_is_not_saved(make_job: Callable[..., Job]) -> None:
-    class FiniteButForItsGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
-            return value.clone()
-
-        @staticmethod
-        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-            return gradient * math.nan
-
-    def forward(micro_batch: MicroBatch, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-        output, loss_function = forward_step(micro_batch, model)
-        return FiniteButForItsGradient.apply(output), loss_function
-
-    job = make_job(forward_step=forward)
-    with pytest.raises(InputError, match="the gradient norm of step 1 is nan"):
-        fit(replace(CONFIG, save_every=1), job)
+def test_too_many_skipped_steps_in_a_row_end_the_run(make_job: Callable[..., Job]) -> None:
+    config = replace(CONFIG, max_steps=8, max_skipped_steps=2)
+    scattered = make_job(forward_step=spoil("loss", math.nan, batches={1, 2, 4, 5, 7, 8}))
+    fit(config, scattered)
+    assert len(read(scattered, "skipped")) == 6
+    scattered.metrics.path.unlink()
+    job = make_job(forward_step=spoil("gradient", math.nan, batches={3, 4, 5}))
+    with pytest.raises(InputError, match=r"is nan in step 5, the 3\. skipped step in a row \(cells 50, 51"):
+        fit(config, job)
+    assert [note["step"] for note in read(job, "skipped")] == [3, 4, 5]
     assert job.checkpoints.states == []
 
 
@@ -346,7 +377,7 @@ def test_a_global_batch_must_be_dealt_to_processes() -> None:
     [({name: 0}, f"loop.{name} is 0") for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every")]
     + [
         ({name: -1}, f"loop.{name} is -1")
-        for name in ("validate_every", "save_every", "keep_checkpoints", "seed")
+        for name in ("validate_every", "save_every", "keep_checkpoints", "max_skipped_steps", "seed")
     ],
 )
 def test_impossible_settings_are_named(values: dict[str, int], named: str) -> None:

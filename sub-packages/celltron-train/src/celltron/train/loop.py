@@ -17,7 +17,7 @@ from celltron.core import InputError
 from celltron.train.checkpoint import Checkpoints, RunState
 from celltron.train.interrupt import Interruption
 from celltron.train.metrics import MetricsWriter
-from celltron.train.optimizer import set_learning_rate
+from celltron.train.optimizer import set_learning_rate, take_step
 from celltron.train.precision import name_dtype
 from celltron.train.randomness import seed_step
 from celltron.train.schedule import ScheduleConfig, learning_rate
@@ -51,6 +51,9 @@ class BatchStream(Protocol):
     def state(self) -> dict[str, int]:
         """Where the stream stands after the last batch handed out; the same on every process."""
 
+    def cells(self) -> Sequence[int]:
+        """Ids of the last global batch's cells, those of all processes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
@@ -75,12 +78,14 @@ class LoopConfig:
     """Steps between two checkpoints; one is always written at the end, and with 0 only that one."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept; 0 keeps all."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped since their loss or gradient is no finite number; one more ends the run."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("validate_every", "save_every", "keep_checkpoints", "seed"):
+        for name in ("validate_every", "save_every", "keep_checkpoints", "max_skipped_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}, but must not be negative")
 
@@ -156,18 +161,25 @@ def fit(config: LoopConfig, job: Job, *, first_step: int = 1) -> float:
     Returns:
         The validation loss in nats at the end.
 
+    A step whose loss or gradient is no finite number changes nothing; its cells are noted.
+
     Raises:
-        InputError: the loss stopped being a number, or there are no steps left.
+        InputError: too many steps in a row were skipped so, or there are no steps left.
         SystemExit: after SIGTERM or SIGINT, once a checkpoint of the step that was being taken is written.
     """
     config.check_first_step(first_step)
     clock = _Clock()
     validation_loss = 0.0
+    skipped_in_a_row = 0
     with Interruption() as interruption:
         for step in range(first_step, config.max_steps + 1):
             batch = clock.wait_for(job.train)
             totals, grad_norm = _train_step(config, job, batch, step, interruption)
             clock.count(totals)
+            reason = _why_skipped(totals.loss, grad_norm)
+            skipped_in_a_row = skipped_in_a_row + 1 if reason else 0
+            if reason:
+                _note_skipped(config, job, step, reason, skipped_in_a_row)
             is_last = step == config.max_steps
             stop = totals.interruptions > 0 and not is_last
             if step % config.log_every == 0 or is_last or stop:
@@ -196,18 +208,30 @@ def _train_step(
     loss, count = _run_micro_batches(job, batch, forward_only=False)
     set_learning_rate(job.optimizer, learning_rate(job.schedule, step, config.max_steps), job.weight_decay)
     totals = _sum_over_run(loss, count, batch, is_interrupted=interruption.signal_number is not None)
-    _refuse_non_finite("loss", totals.loss, step)
-    _, grad_norm, _ = job.optimizer.step()
-    # Here the parameters are lost already, but no checkpoint is written of them.
-    _refuse_non_finite("gradient norm", float(grad_norm), step)
-    return totals, float(grad_norm)
+    grad_norm = take_step(job.optimizer) if math.isfinite(totals.loss) else math.nan
+    return totals, grad_norm
 
 
-def _refuse_non_finite(name: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
+def _why_skipped(loss: float, grad_norm: float) -> str:
+    """What is no finite number; empty where the step was taken."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            return f"the {name} is {value}"
+    return ""
+
+
+def _note_skipped(config: LoopConfig, job: Job, step: int, reason: str, skipped_in_a_row: int) -> None:
+    cells = [int(cell) for cell in job.train.cells()]
+    job.metrics.note(
+        {"step": step, "skipped": reason, "cells": cells},
+        f"step {step:>7,}  skipped, since {reason}; its cells are in {job.metrics.path.name}",
+    )
+    if skipped_in_a_row > config.max_skipped_steps:
+        shown = ", ".join(map(str, cells[:8])) + (", ..." if len(cells) > 8 else "")
         raise InputError(
-            f"the {name} of step {step} is {value}, no number; continue from the last checkpoint with a lower "
-            "schedule.learning_rate or a longer warm-up"
+            f"{reason} in step {step:,}, the {skipped_in_a_row}. skipped step in a row (cells {shown}; all are in "
+            f"{job.metrics.path}); continue from the last checkpoint with a lower schedule.learning_rate or a longer "
+            "warm-up, or look at those cells"
         )
 
 
@@ -292,15 +316,20 @@ def _record(
     seconds = clock.seconds()
     return {
         "step": step,
-        "loss": totals.loss,
+        "loss": _finite(totals.loss),
         "learning_rate": learning_rate(job.schedule, step, config.max_steps),
-        "grad_norm": grad_norm,
+        "grad_norm": _finite(grad_norm),
         "real_tokens_per_second": clock.tokens / seconds,
         "cells_per_second": clock.cells / seconds,
         "real_token_fraction": clock.tokens / max(1.0, clock.places),
         "data_wait_fraction": clock.waited / seconds,
         "seconds_left": (config.max_steps - step) * seconds / clock.steps,
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 class _Clock:

@@ -30,13 +30,17 @@ class MetricsWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record and print it."""
+        self.note(record, describe(record))
+
+    def note(self, record: Mapping[str, Any], text: str) -> None:
+        """Append one record and print a text on it."""
         if not self.is_main:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.say(describe(record))
+        self.say(text)
 
     def say(self, text: str) -> None:
         """Print a line from the main process."""
@@ -67,9 +71,10 @@ def describe(record: Mapping[str, Any]) -> str:
                 f"{record['unigram_loss'] - record['validation_loss']:+.4f} nats better)"
             )
         return text
+    loss, grad_norm = ("nan" if value is None else f"{value:.4f}" for value in (record["loss"], record["grad_norm"]))
     text = (
-        f"step {record['step']:>7,}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
-        f"grad norm {record['grad_norm']:.3f}  {record['real_tokens_per_second']:,.0f} tokens/s  "
+        f"step {record['step']:>7,}  loss {loss}  lr {record['learning_rate']:.2e}  "
+        f"grad norm {grad_norm}  {record['real_tokens_per_second']:,.0f} tokens/s  "
         f"{record['cells_per_second']:,.1f} cells/s  {record['real_token_fraction']:.0%} real  "
         f"{record['data_wait_fraction']:.1%} waiting"
     )

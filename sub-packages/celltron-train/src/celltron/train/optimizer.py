@@ -7,6 +7,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import MegatronModule
 
 
@@ -79,6 +80,24 @@ def wrap_model(
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.no_sync_func = wrapped.no_sync
     return wrapped, optimizer
+
+
+@torch.no_grad()
+def take_step(optimizer: MegatronOptimizer) -> float:
+    """Clip the gradient and update the parameters; where its norm is no finite number, leave all as it is.
+
+    Megatron's own `step` updates whatever the norm is, as long as no loss is scaled.
+
+    Returns:
+        The gradient's norm before clipping, the same on all processes.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if math.isfinite(norm):
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+        optimizer.step_with_ready_grads()
+    return norm
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:

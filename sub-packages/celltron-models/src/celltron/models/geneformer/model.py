@@ -177,6 +177,9 @@ def make_transformer_config(
         sequence_parallel=sequence_parallel,
         # Cells differ in length, so pipeline stages tell each other the shape of every micro-batch.
         variable_seq_lengths=True,
+        # A stage's output is freed once it is sent. Megatron then starts the backward pass itself, under the CPU's mode
+        # of celltron.train.cpu, which `torch.autograd.backward` would leave.
+        deallocate_pipeline_outputs=True,
         moe_token_dispatcher_type="alltoall",  # variable lengths are refused with the default, although unused here
         calculate_per_token_loss=True,
         bias_activation_fusion=False,
