@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         replace=config.replace,
     )
     without = "" if whole.medians is not None else "; it holds no medians, as the checkpoint has none"
-    print(f"{out}: {checkpoint} as a Hugging Face BertForMaskedLM in {config.dtype}{without}", file=sys.stderr)
+    print(f"{out}: {checkpoint} as a Hugging Face folder in {config.dtype}{without}", file=sys.stderr)
 
 
 def read_whole(checkpoint: Path) -> WholeGeneformer:

@@ -1,7 +1,6 @@
 """Turn a Hugging Face Geneformer (`BertForMaskedLM`) into a celltron checkpoint; on one process."""
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +16,6 @@ from celltron.core import (
     run_command,
 )
 from celltron.models.geneformer import (
-    MODEL_FILE_NAME,
-    ModelShape,
     WholeGeneformer,
     build_geneformer,
     from_huggingface,
@@ -128,20 +125,7 @@ def write_checkpoint(config: Config, whole: WholeGeneformer) -> None:
         dtype=str(dtype).removeprefix("torch."),
         has_optimizer=False,
     )
-    save_model(Path(config.out), state, model, files=explain(whole), launch=launch, replace=config.replace)
-
-
-def explain(whole: WholeGeneformer) -> dict[str, str]:
-    """The files that travel with the checkpoint: model shape, vocabulary, and medians where they are known."""
-    shape = ModelShape(config=whole.config, num_tokens=whole.num_tokens, max_length=whole.max_length)
-    files = {MODEL_FILE_NAME: shape.to_json()}
-    tables = {"vocabulary.json": whole.vocabulary, "medians.json": whole.medians}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, table in tables.items():
-            if table is not None:
-                table.to_json(Path(folder) / name)
-                files[name] = (Path(folder) / name).read_text(encoding="utf-8")
-    return files
+    save_model(Path(config.out), state, model, files=whole.travelling_files(), launch=launch, replace=config.replace)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 
 from celltron.cells import NO_LABEL, Batch, Loader, LoaderState, convert, cut_into_packs, open_cells, pad_batch
-from celltron.cells.corpus import Corpus, DataConfig, build_corpus, read_corpus
+from celltron.cells.corpus import Corpus, build_corpus, read_corpus
 from celltron.cells.open_cells import is_converted, parse_storage
 from celltron.core import (
     InputError,
@@ -26,93 +28,28 @@ from celltron.core import (
 )
 from celltron.models.geneformer import (
     MODEL_FILE_NAME,
-    GeneformerConfig,
     ModelShape,
     build_geneformer,
     masked_gene_loss,
 )
+from celltron.models.geneformer.flops import flops_per_step
 from celltron.models.layers.packing import PackedCells
+from celltron.recipes.shared.pretrain_config import FLAGS as FLAGS
+from celltron.recipes.shared.pretrain_config import Config as Config
 from celltron.train.checkpoint import Checkpoints, find_checkpoint, load_training, read_run_state, verify_checkpoint
+from celltron.train.engine import recompute_settings
 from celltron.train.launch import Launch, choose_device, read_launch, start_process_group
-from celltron.train.loop import Job, LoopConfig, LossFunction, StepBatch, fit
+from celltron.train.loop import Job, LossFunction, StepBatch, fit
 from celltron.train.metrics import MetricsWriter
-from celltron.train.optimizer import OptimizerConfig, wrap_model
-from celltron.train.parallel import ParallelConfig, data_parallel_place, start_model_parallel
-from celltron.train.precision import DTYPES, Precision
-from celltron.train.schedule import ScheduleConfig
+from celltron.train.optimizer import wrap_model
+from celltron.train.parallel import data_parallel_place, start_model_parallel
+from celltron.train.peak import measure_peak
+from celltron.train.precision import DTYPES
+from celltron.train.report import open_reports
+from celltron.train.step_timer import start_timer
 from celltron.train.together import do_on_main, do_together
 
 RUN_MARK_NAME = ".celltron-run"
-FLAGS = {
-    "--data": "data.paths",
-    "--layer": "data.convert.layer",
-    "--use-raw": "data.convert.use_raw",
-    "--species": "data.convert.species",
-    "--gene-id-column": "data.convert.gene_id_column",
-    "--allow-floats": "data.convert.allow_floats",
-    "--out": "out",
-    "--resume": "resume",
-    "--device": "device",
-    "--precision": "precision",
-    "--seq-length": "data.max_length",
-    "--micro-batch-size": "loop.micro_batch_size",
-    "--global-batch-size": "loop.global_batch_size",
-    "--max-steps": "loop.max_steps",
-    "--seed": "loop.seed",
-    "--lr": "schedule.learning_rate",
-    "--warmup-steps": "schedule.warmup_steps",
-    "--tensor-parallel": "parallel.tensor",
-    "--pipeline-parallel": "parallel.pipeline",
-    "--sequence-parallel": "parallel.sequence_parallel",
-    "--distributed-optimizer": "parallel.distributed_optimizer",
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    """A Geneformer pretraining run."""
-
-    out: str = ""
-    """The run's folder; must be new, unless the run is resumed."""
-    resume: str = ""
-    """Empty starts anew; `auto` continues from the run's newest complete checkpoint, or starts anew where it has none;
-    else the checkpoint folder to continue from."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes a GPU where PyTorch sees one."""
-    precision: Precision = "fp32"
-    """Of parameters and activations; bf16 keeps float32 copies in the optimizer, fp64 is for proofs on a CPU."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Cells and tokens."""
-    model: GeneformerConfig = field(default_factory=GeneformerConfig)
-    """The model's shape."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How processes divide the work."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Learning rate."""
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    """Steps, batches, intervals."""
-
-    def __post_init__(self) -> None:
-        if not self.out:
-            raise ValueError("out is empty; name a folder for the run, such as --out runs/first")
-        if not self.data.paths:
-            raise ValueError("data.paths is empty; name a store or .h5ad files, such as --data cells.h5ad")
-        longest = -(-self.data.max_length // self.padding_multiple) * self.padding_multiple
-        if longest > self.model.max_positions:
-            padded = f" (padded to {longest})" if longest > self.data.max_length else ""
-            raise ValueError(
-                f"data.max_length is {self.data.max_length}{padded}, longer than model.max_positions "
-                f"({self.model.max_positions}); lower the one or raise the other"
-            )
-        self.schedule.check_length(self.loop.max_steps)
-        self.model.check_layout(tensor_parallel=self.parallel.tensor, pipeline_parallel=self.parallel.pipeline)
-
-    @property
-    def padding_multiple(self) -> int:
-        """What the padded length of a micro-batch is a multiple of: sequence parallelism cuts it into equal parts."""
-        return self.parallel.tensor if self.parallel.sequence_parallel else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     launch = read_launch()
     device = choose_device(config.device, launch)
     config.loop.check_batches(config.parallel.data(launch.world_size))
+    config.report.check_installed()
     if config.precision == "fp64" and device.type != "cpu":
         raise InputError("precision is fp64, which is for proofs on a CPU; give --device cpu, or another --precision")
     start_process_group(launch, device)
@@ -136,19 +74,9 @@ def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
         SystemExit: after SIGTERM or SIGINT, once the last step is saved.
     """
     out = Path(config.out)
-    dtype = DTYPES[config.precision]
     resume_from = claim_folder(config, launch)
     corpus = prepare_corpus(config, launch, resume_from)
-    model = build_geneformer(
-        config.model,
-        num_tokens=len(corpus.tokenizer.vocabulary),
-        dtype=dtype,
-        sequence_parallel=config.parallel.sequence_parallel,
-        seed=config.loop.seed,
-    )
-    wrapped, optimizer = wrap_model(
-        model, config.optimizer, dtype=dtype, distributed_optimizer=config.parallel.distributed_optimizer
-    )
+    wrapped, optimizer = make_model(config, num_tokens=len(corpus.tokenizer.vocabulary))
     first_step, loader_state = 1, None
     if resume_from is not None:
         state = read_run_state(resume_from)
@@ -158,6 +86,10 @@ def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
         # Not earlier: a checkpoint that is refused leaves the run as it was.
         do_on_main(launch, lambda: write_run_files(config, corpus))
     metrics = MetricsWriter(out, is_main=launch.is_main, first_step=first_step)
+    settings = config_to_dict(config)
+    del settings["data"]["storage"]  # it may hold keys
+    do_on_main(launch, lambda: open_reports(config.report, metrics, settings))
+    peak_flops = config.report.peak_flops or measure_peak(device, DTYPES[config.precision])
     unigram_loss = measure_unigram(config, corpus, launch)
     metrics.say(describe(config, corpus, launch, unigram_loss, first_step))
     job = Job(
@@ -171,13 +103,39 @@ def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
         checkpoints=Checkpoints(
             out / "checkpoints",
             launch=launch,
-            keep=config.loop.keep_checkpoints,
+            retention=config.loop.retention,
             files=travelling_files(config, corpus, out),
         ),
         metrics=metrics,
+        timer=start_timer(device),
+        peak_flops=peak_flops * launch.world_size,
+        spikes=config.spike,
         validation_facts={"unigram_loss": unigram_loss},
     )
-    return fit(config.loop, job, first_step=first_step)
+    try:
+        return fit(config.loop, job, first_step=first_step)
+    finally:
+        metrics.close()
+
+
+def make_model(config: Config, *, num_tokens: int) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    """This process's part of the model with its initial weights, and its optimizer."""
+    dtype = DTYPES[config.precision]
+    model = build_geneformer(
+        config.model,
+        num_tokens=num_tokens,
+        dtype=dtype,
+        sequence_parallel=config.parallel.sequence_parallel,
+        seed=config.loop.seed,
+        **recompute_settings(config.engine.recompute),
+    )
+    return wrap_model(
+        model,
+        config.optimizer,
+        dtype=dtype,
+        distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap=config.engine.overlap,
+    )
 
 
 def forward_step(micro_batch: dict[str, Any], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
@@ -318,7 +276,17 @@ class TrainStream:
 
     def __next__(self) -> StepBatch:
         self.before = self.loader.state
-        return make_step_batch(self.config, self.corpus, next(self.loader), self.device)
+        batch = next(self.loader)
+        step_batch = make_step_batch(self.config, self.corpus, batch, self.device)
+        lengths = batch.lengths.astype(np.float64)
+        flops = flops_per_step(
+            self.config.model,
+            len(self.corpus.tokenizer.vocabulary),
+            lengths_sum=lengths.sum(),
+            lengths_square_sum=np.square(lengths).sum(),
+            num_predicted=int(np.count_nonzero(batch.labels != NO_LABEL)),
+        )
+        return replace(step_batch, flops=flops)
 
     def state(self) -> dict[str, int]:
         """The loader's three numbers."""
@@ -381,7 +349,8 @@ def describe(config: Config, corpus: Corpus, launch: Launch, unigram_loss: float
     lines = [
         f"{len(corpus.split.train):,} training and {len(corpus.split.validation):,} validation cells, "
         f"split by {config.data.validation_by}; vocabulary of {len(corpus.tokenizer.vocabulary):,} tokens",
-        f"{config.model.num_layers} layers x {config.model.hidden_size} wide, world size {launch.world_size} "
+        f"{config.model.num_layers} {config.model.variant.replace('_', '-')} layers x {config.model.hidden_size} wide, "
+        f"world size {launch.world_size} "
         f"(tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}), "
         f"{config.precision}, torch layers",
         f"to beat: {unigram_loss:.4f} nats, the cross-entropy of the training cells' gene frequencies (unigram)",

@@ -10,11 +10,8 @@ B cells of a batch, S places of its longest cell.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,14 +19,11 @@ import torch
 
 from celltron.cells import NO_LABEL, Batch, pad_batch
 from celltron.core import build_config
-from celltron.models.geneformer import GeneformerConfig, build_geneformer
-from celltron.recipes.geneformer_pretrain import Config, forward_step, make_step_batch
-from celltron.train.launch import Launch, start_process_group
-from celltron.train.loop import Job, StepBatch, fit
-from celltron.train.metrics import MetricsWriter
-from celltron.train.optimizer import wrap_model
+from celltron.models.geneformer import GeneformerConfig
+from celltron.recipes.benchmarks.bench_fit import fit_steps
+from celltron.recipes.geneformer_pretrain import Config
+from celltron.train.launch import Launch, choose_device, start_process_group
 from celltron.train.parallel import start_model_parallel
-from celltron.train.precision import DTYPES
 
 
 def main() -> None:
@@ -42,65 +36,12 @@ def main() -> None:
     print(json.dumps({"seconds": function(job, batch), "torch": torch.__version__}))
 
 
-class Repeated:
-    """The same cells at every step, made to micro-batches anew; notes when it is asked."""
-
-    def __init__(self, make: Callable[[], StepBatch]) -> None:
-        self.make = make
-        self.times: list[float] = []
-
-    def note(self) -> None:
-        """One step is over."""
-        torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-
-    def __next__(self) -> StepBatch:
-        self.note()
-        return self.make()
-
-    def state(self) -> dict[str, int]:
-        """Nothing is resumed."""
-        return {}
-
-    def cells(self) -> list[int]:
-        """Nobody asks."""
-        return []
-
-
 def time_celltron(job: dict[str, Any], batch: Batch) -> list[float]:
     """Steps of the training loop itself, with its optimizer."""
-    device = torch.device(job["device"])
     config = build_config(Config, job["config"])
-    start_process_group(Launch(), device)
+    start_process_group(Launch(), choose_device(job["device"], Launch()))
     start_model_parallel(config.parallel, seed=0)
-    dtype = DTYPES[config.precision]
-    model = build_geneformer(
-        config.model, num_tokens=job["num_tokens"], dtype=dtype, sequence_parallel=False, seed=0
-    )
-    wrapped, optimizer = wrap_model(model, config.optimizer, dtype=dtype, distributed_optimizer=False)
-    corpus: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocabulary=SimpleNamespace(pad_id=job["pad_id"])))
-    stream = Repeated(lambda: make_step_batch(config, corpus, batch, device))
-
-    def end() -> Iterator[StepBatch]:
-        stream.note()
-        return iter(())
-
-    with TemporaryDirectory() as folder:
-        fit(
-            config.loop,
-            Job(
-                model=wrapped,
-                optimizer=optimizer,
-                weight_decay=config.optimizer.weight_decay,
-                schedule=config.schedule,
-                forward_step=forward_step,
-                train=stream,
-                validation=end,
-                checkpoints=SimpleNamespace(save=lambda *unused: "nothing"),  # type: ignore[arg-type]
-                metrics=MetricsWriter(Path(folder), is_main=False, first_step=1),
-            ),
-        )
-    return np.diff(stream.times).tolist()[1:]
+    return fit_steps(config, batch, num_tokens=job["num_tokens"], pad_id=job["pad_id"]).seconds
 
 
 def time_transformers(job: dict[str, Any], batch: Batch) -> list[float]:

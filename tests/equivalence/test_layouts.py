@@ -30,17 +30,25 @@ WORLD_SIZES = {
     "tp2_sp_packed": 2,
     "pp2_packed": 2,
     "dp2_packed": 2,
+    "one_pre_norm": 1,
+    "tp2_sp_pp2_pre_norm": 4,
     "one_clipped": 1,
     "tp2_pp2_clipped": 4,
     "dp2_zero_clipped": 2,
     "one_fp32": 1,
     "tp2_fp32": 2,
     "dp2_zero_bf16": 2,
+    "one_dropout": 1,
+    "one_dropout_selective": 1,
+    "one_dropout_full": 1,
+    "tp2_sp_full": 2,
+    "dp2_overlap": 2,
+    "dp2_zero_overlap": 2,
     "tp2_dp2_dropout": 4,
     "tp2_sp_pp2_dropout": 4,
 }
 PACKED = ["one_packed", "tp2_packed", "tp2_sp_packed", "pp2_packed", "dp2_packed"]
-EXACT = ["tp2", "tp2_sp", "pp2", "dp2", "dp2_zero", "tp2_pp2", "tp2_sp_pp2", *PACKED]
+EXACT = ["tp2", "tp2_sp", "pp2", "dp2", "dp2_zero", "tp2_pp2", "tp2_sp_pp2", "tp2_sp_full", "dp2_overlap", *PACKED]
 
 # Sums of some thousand terms of size 1 in another order: 1e-16 each, and six Adam steps, which divide by the root of
 # the gradient's own mean square, carry on what they are given.
@@ -182,8 +190,36 @@ def test_updated_parameters_are_equal(runs: dict[str, Run], name: str, step: int
     assert difference < FLOAT64, key
 
 
-def test_every_parameter_has_moved(runs: dict[str, Run]) -> None:
-    before, after = runs["one"].whole("parameter", 0), runs["one"].whole("parameter", NUM_STEPS)
+@pytest.mark.parametrize("name", ["one_dropout_selective", "one_dropout_full"])
+def test_recomputed_activations_are_the_same_bits_dropout_included(runs: dict[str, Run], name: str) -> None:
+    expected = runs["one_dropout"]
+    np.testing.assert_array_equal(runs[name].series("loss"), expected.series("loss"))
+    for step in range(1, NUM_STEPS + 1):
+        assert worst_difference(runs[name].whole("parameter", step), expected.whole("parameter", step))[0] == 0.0
+
+
+def test_parameters_gathered_late_are_those_of_the_step_before(runs: dict[str, Run]) -> None:
+    for key in ("loss", "validation_loss"):
+        found, expected = runs["dp2_zero_overlap"].series(key), runs["one"].series(key)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT64)
+    expected = runs["one"].whole("parameter", NUM_STEPS)
+    assert worst_difference(runs["dp2_zero_overlap"].whole("parameter", NUM_STEPS), expected)[0] < FLOAT64
+
+
+def test_the_pre_norm_variant_trains_packed_and_cut_in_every_way_as_on_one_process(runs: dict[str, Run]) -> None:
+    one, cut = runs["one_pre_norm"], runs["tp2_sp_pp2_pre_norm"]
+    assert worst_difference(one.whole("parameter", 0), cut.whole("parameter", 0))[0] == 0.0
+    for key in ("loss", "validation_loss"):
+        np.testing.assert_allclose(cut.series(key), one.series(key), rtol=0, atol=FLOAT64)
+    for step in range(1, NUM_STEPS + 1):
+        for kind in ("gradient", "parameter"):
+            difference, key = worst_difference(one.whole(kind, step), cut.whole(kind, step))
+            assert difference < FLOAT64, (step, kind, key)
+
+
+@pytest.mark.parametrize("name", ["one", "one_pre_norm"])
+def test_every_parameter_has_moved(runs: dict[str, Run], name: str) -> None:
+    before, after = runs[name].whole("parameter", 0), runs[name].whole("parameter", NUM_STEPS)
     assert [key for key in before if (before[key] == after[key]).all()] == []
 
 

@@ -50,13 +50,13 @@ def open_on_full_disk(file: Any, mode: str = "r", *rest: Any, **more: Any) -> An
 
 
 def limit_checkpoints() -> None:
-    save = Checkpoints.save
+    begin = Checkpoints.begin
 
-    def save_within_limit(*arguments: Any) -> Any:
+    def begin_within_limit(*arguments: Any) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (NUM_BYTES, resource.RLIM_INFINITY))
-        return save(*arguments)
+        return begin(*arguments)
 
-    Checkpoints.save = save_within_limit  # type: ignore[method-assign]
+    Checkpoints.begin = begin_within_limit  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ JSON line a training batch with its cells and digests of their tokens and labels
     KILL@save 30+0.01     0.01 s after the checkpoint of step 30 was begun
     KILL@finish 30        the shards of step 30 are written, the manifest is not
     KILL@latest 30        the checkpoint of step 30 is complete, `latest` does not name it
+    RAISE@12              no signal: the last rank fails to read its cells after the line of step 12
 
 KILL hits every rank at once, any other signal only the last one: the others must hear of it.
 """
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from celltron.cells import Batch
-from celltron.core import run_command
+from celltron.core import InputError, run_command
 from celltron.recipes import geneformer_pretrain
 from celltron.train import checkpoint
 from celltron.train.metrics import MetricsWriter
@@ -66,6 +67,9 @@ def digest(array: np.ndarray) -> str:
 def stop_at(moment: str) -> None:
     """Arrange for the signal."""
     name, _, where = moment.partition("@")
+    if name == "RAISE":
+        call_at(MetricsWriter, "write", lambda writer, record: record["step"] == int(where), after=fail_to_read)
+        return
     where, _, delay = where.partition("+")
     number = signal.Signals[f"SIG{name}"]
 
@@ -82,10 +86,20 @@ def stop_at(moment: str) -> None:
         call_at(MetricsWriter, "write", lambda writer, record: record["step"] == int(where), after=strike_soon)
     elif where.startswith("save"):
         step = int(where.removeprefix("save "))
-        call_at(checkpoint.Checkpoints, "save", lambda saver, state, *rest: state.step == step, before=strike_soon)
+        call_at(checkpoint.Checkpoints, "begin", lambda saver, state, *rest: state.step == step, before=strike_soon)
     else:
         function, step = {"finish": "finish_artefact", "latest": "write_atomically"}[where.split()[0]], where.split()[1]
         call_at(checkpoint, function, lambda *words, **more: step in str(words), before=strike)
+
+
+def fail_to_read() -> None:
+    """Have the next training batch of the last rank raise."""
+
+    def fail(stream: Any) -> Any:
+        raise InputError("shard 3 of a.store cannot be read; restore it")
+
+    if RANK == WORLD_SIZE - 1:
+        geneformer_pretrain.TrainStream.__next__ = fail
 
 
 def call_at(

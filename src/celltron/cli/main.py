@@ -10,7 +10,7 @@ from typing import NoReturn
 from celltron.cells import DamageError, open_cells, verify_store
 from celltron.cells.open_cells import format_of
 from celltron.cells.store_manifest import FORMAT as STORE_FORMAT
-from celltron.cli import cells
+from celltron.cli import cells, launch
 from celltron.core import InputError, ProgressLine, __version__, read_manifest, run_command, verify_artefact
 
 _PLAIN_FORMATS = ("celltron-huggingface", "celltron-tokens")
@@ -65,6 +65,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_verb(verify, _verify)
     verbs.add_parser("train", help="pretrain a model: celltron train --config FILE [section.key=value ...]")
     verbs.add_parser("export", help="turn a checkpoint into a Hugging Face folder")
+    verbs.add_parser("plan", help="what layouts of a run cost: celltron plan --config FILE --gpus N [--gpu h200]")
+    launch.add_verb(verbs)
     return parser
 
 

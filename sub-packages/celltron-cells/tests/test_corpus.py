@@ -32,6 +32,18 @@ def test_written_and_read_it_is_the_same(store: CellStore, tmp_path: Path) -> No
     assert batches[0].tokens[0] == corpus.tokenizer.vocabulary.cls_id
 
 
+def test_own_genes_behind_cls_alone(store: CellStore) -> None:
+    corpus = build_corpus(config(with_cls=True), store, seed=3)
+    vocabulary = corpus.tokenizer.vocabulary
+    assert (vocabulary.cls_id, vocabulary.eos_id, vocabulary.first_gene_id) == (2, None, 3)
+    batch = next(corpus.train_loader(MASKING, cells_per_batch=8, seed=1))
+    ends = np.cumsum(batch.lengths)
+    assert (batch.tokens[ends - batch.lengths] == vocabulary.cls_id).all()
+    assert (batch.tokens == vocabulary.cls_id).sum() == 8
+    with pytest.raises(ValueError, match="with_cls and data.with_cls_eos are both true"):
+        config(with_cls=True, with_cls_eos=True)
+
+
 def test_validation_is_masked_alike_every_time_and_sees_every_cell_once(store: CellStore) -> None:
     corpus = build_corpus(config(), store, seed=3)
     passes = [list(corpus.validation_loader(MASKING, cells_per_batch=size, seed=1)) for size in (3, 7)]

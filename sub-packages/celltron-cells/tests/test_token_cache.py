@@ -35,9 +35,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("with_cls_eos", [False, True])
-def test_a_read_is_what_the_tokeniser_gives(store: CellStore, tmp_path: Path, with_cls_eos: bool) -> None:
-    vocabulary = Vocabulary.from_genes(store.gene_ids, with_cls_eos=with_cls_eos)
+@pytest.mark.parametrize("frame", [(), ("<cls>",), ("<cls>", "<eos>")])
+def test_a_read_is_what_the_tokeniser_gives(store: CellStore, tmp_path: Path, frame: tuple[str, ...]) -> None:
+    vocabulary = Vocabulary(["<pad>", "<mask>", *frame, *store.gene_ids])
     tokenizer = RankTokenizer.from_store(store, vocabulary=vocabulary, max_length=64)
     cache = build_token_cache(store, tokenizer, tmp_path / "cache", run_cells=RUN_CELLS)
     cells = np.random.default_rng(0).integers(0, len(store), 700)

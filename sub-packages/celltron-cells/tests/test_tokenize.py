@@ -23,9 +23,9 @@ def reference_of(genes: list[str], vocabulary: Vocabulary, medians: MedianTable,
             if count > 0 and gene in places and gene in median_of:
                 pairs.append((-(np.float64(count) / counts.sum() * 10_000 / median_of[gene]), places[gene]))
         tokens = [token for _, token in sorted(pairs)]
-        if "<cls>" in places:
-            return [places["<cls>"], *tokens[: max_length - 2], places["<eos>"]]
-        return tokens[:max_length]
+        first = [places[token] for token in ("<cls>",) if token in places]
+        last = [places[token] for token in ("<eos>",) if token in places]
+        return [*first, *tokens[: max_length - len(first) - len(last)], *last]
 
     return reference
 
@@ -57,12 +57,12 @@ def big_store(folder: Path, write_h5ad, counts: np.ndarray, num_genes: int) -> t
 
 
 @pytest.mark.parametrize("max_length", [2048, 4096])
-@pytest.mark.parametrize("with_cls_eos", [False, True])
-def test_cells_longer_than_the_limit(tmp_path: Path, write_h5ad, max_length: int, with_cls_eos: bool) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("frame", [(), ("<cls>",), ("<eos>",), ("<eos>", "<cls>")])
+def test_cells_longer_than_the_limit(tmp_path: Path, write_h5ad, max_length: int, frame: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
     counts = np.random.default_rng(0).poisson(3.0, (6, 5000))
     counts[5, 100:] = 0
     store, names = big_store(tmp_path, write_h5ad, counts, 5000)
-    vocabulary = Vocabulary.from_genes(names[::-1], with_cls_eos=with_cls_eos)
+    vocabulary = Vocabulary([*frame, "<mask>", "<pad>", "<other>", *names[::-1]])
     medians = MedianTable(names, np.random.default_rng(1).lognormal(1.0, 1.0, 5000))
     tokenizer = RankTokenizer(vocabulary, medians, names, max_length=max_length)
     got = cells_of(*tokenizer.tokenize(store, np.arange(6)))
@@ -70,7 +70,8 @@ def test_cells_longer_than_the_limit(tmp_path: Path, write_h5ad, max_length: int
     assert got == [reference(counts[cell]) for cell in range(6)]
     assert [len(sequence) for sequence in got[:5]] == [max_length] * 5 and len(got[5]) < 110
     for sequence in got:
-        assert (sequence[0] == vocabulary.cls_id and sequence[-1] == vocabulary.eos_id) == with_cls_eos
+        assert (sequence[0] == vocabulary.cls_id) == ("<cls>" in frame)
+        assert (sequence[-1] == vocabulary.eos_id) == ("<eos>" in frame)
 
 
 @pytest.mark.parametrize("num_genes", [3, 24, 25, 400, 3000])
@@ -111,7 +112,7 @@ def test_the_same_in_every_run_and_any_grouping(store: CellStore) -> None:
 
 def test_from_store_uses_its_own_genes_and_medians(store: CellStore, counts: np.ndarray, genes: list[str]) -> None:
     tokenizer = RankTokenizer.from_store(store, max_length=64)
-    assert tokenizer.vocabulary.genes == tuple(genes) and not tokenizer.add_cls_eos
+    assert tokenizer.vocabulary.genes == tuple(genes) and not (tokenizer.add_cls or tokenizer.add_eos)
     tokens, _ = tokenizer.tokenize(store, [3])
     assert tokens.tolist() == reference_of(genes, tokenizer.vocabulary, tokenizer.medians, 64)(counts[3])
 
@@ -120,25 +121,32 @@ def test_the_fingerprint_is_of_every_setting(store: CellStore, genes: list[str])
     vocabulary, medians = load_published_geneformer("gc95M")
     base = RankTokenizer(vocabulary, medians, genes)
     assert base.fingerprint == RankTokenizer(vocabulary, medians, genes).fingerprint
-    assert base.to_dict()["add_cls_eos"] is True and base.to_dict()["max_length"] == 2048
+    settings = base.to_dict()
+    assert (settings["add_cls"], settings["add_eos"], settings["max_length"]) == (True, True, 2048)
     others = [
         RankTokenizer(vocabulary, medians, genes, max_length=4096),
-        RankTokenizer(vocabulary, medians, genes, add_cls_eos=False),
+        RankTokenizer(vocabulary, medians, genes, add_cls=False),
+        RankTokenizer(vocabulary, medians, genes, add_eos=False),
+        RankTokenizer(vocabulary, medians, genes, add_cls=False, add_eos=False),
         RankTokenizer(vocabulary, medians, genes[::-1]),
         RankTokenizer(vocabulary, MedianTable(medians.genes, medians.values * 2), genes),
         RankTokenizer(load_published_geneformer("gc30M")[0], medians, genes),
     ]
-    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 6
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 8
 
 
 def test_what_is_refused(store: CellStore, genes: list[str], fresh_store: Path) -> None:
     vocabulary, medians = load_published_geneformer("gc30M")
-    with pytest.raises(InputError, match="without <cls> and <eos>"):
-        RankTokenizer(vocabulary, medians, genes, add_cls_eos=True)
+    with pytest.raises(InputError, match="add_cls was asked of a vocabulary without <cls>"):
+        RankTokenizer(vocabulary, medians, genes, add_cls=True)
+    with pytest.raises(InputError, match="add_eos was asked of a vocabulary without <eos>"):
+        RankTokenizer(Vocabulary(["<pad>", "<mask>", "<cls>", *genes]), medians, genes, add_eos=True)
     with pytest.raises(InputError, match="max_length is 0"):
         RankTokenizer(vocabulary, medians, genes, max_length=0)
     with pytest.raises(InputError, match="max_length is 2: wanted 3"):
         RankTokenizer(*load_published_geneformer("gc95M"), genes, max_length=2)
+    with pytest.raises(InputError, match="max_length is 1: wanted 2"):
+        RankTokenizer(*load_published_geneformer("gc95M"), genes, max_length=1, add_eos=False)
     with pytest.raises(InputError, match="none of the store's 1 genes .such as ENSMUSG1. has a token"):
         RankTokenizer(vocabulary, medians, ["ENSMUSG1"])
     with pytest.raises(InputError, match="other genes than this tokeniser"):

@@ -35,6 +35,16 @@ def test_the_frame_of_a_cell_takes_two_places() -> None:
     assert "keep the first 2,046 genes, and put `<cls>` before and `<eos>` after them" in describe(with_cls_eos=True)
 
 
+def test_the_card_of_the_pre_norm_variant() -> None:
+    vocabulary = Vocabulary(["<cls>", "<mask>", "<pad>", "ENSG1"])
+    config = GeneformerConfig(variant="pre_norm")
+    card = describe_model(config, vocabulary, None, max_length=2048, num_parameters=1, facts={})
+    assert yaml.safe_load(card.split("---")[1])["tags"][-1] == "custom_code"
+    for part in ("trust_remote_code=True", "GELU (tanh), pre-norm, epsilon 1e-12", "no `BertForMaskedLM` can hold it"):
+        assert part in card
+    assert "keep the first 2,047 genes, and put `<cls>` before them" in card
+
+
 def test_missing_medians_are_said() -> None:
     assert "(not known to this export)" in describe()
 

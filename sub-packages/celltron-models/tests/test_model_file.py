@@ -32,6 +32,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"config": {"num_layer": 3}}, "num_layers"),
         ({"config": {"hidden_size": 10}}, "no multiple of model.num_attention_heads"),
         ({"config": {"norm_epsilon": 0.0}}, "norm_epsilon"),
+        ({"config": {"variant": "pre-norm"}}, "variant"),
     ],
 )
 def test_a_wrong_value_is_refused(tmp_path: Path, changes: dict[str, object], expected: str) -> None:

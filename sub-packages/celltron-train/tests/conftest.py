@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from celltron.train import cpu
 from celltron.train.launch import Launch, start_process_group
+from celltron.train.optimizer import OptimizerConfig, set_learning_rate, wrap_model
 from celltron.train.parallel import ParallelConfig, start_model_parallel
 
 CPU = torch.device("cpu")
@@ -86,5 +87,40 @@ def make_model(engine: None) -> Callable[..., SmallModel]:
         )
         torch.manual_seed(seed)
         return SmallModel(config, num_outputs=3)
+
+    return make
+
+
+def step_on_invented_gradients(wrapped: Any, optimizer: Any, num_steps: int) -> None:
+    for step in range(num_steps):
+        wrapped.zero_grad_buffer()
+        generator = torch.Generator().manual_seed(step)
+        for parameter in wrapped.parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+        set_learning_rate(optimizer, 0.1, 0.01)
+        optimizer.step()
+
+
+@pytest.fixture
+def take_steps() -> Callable[[Any, Any, int], None]:
+    """`take_steps(wrapped, optimizer, num_steps)`: the same invented gradients every time."""
+    return step_on_invented_gradients
+
+
+@pytest.fixture
+def train(make_model: Callable[..., SmallModel]) -> Callable[..., tuple[Any, Any]]:
+    """`train(num_steps, seed=..., ...)`: a wrapped model and its optimizer after some steps on invented gradients."""
+
+    def make(
+        num_steps: int, *, seed: int = 0, is_distributed: bool = False, dtype: torch.dtype = torch.float64
+    ) -> tuple[Any, Any]:
+        wrapped, optimizer = wrap_model(
+            make_model(seed=seed, dtype=dtype),
+            OptimizerConfig(),
+            dtype=dtype,
+            distributed_optimizer=is_distributed,
+        )
+        step_on_invented_gradients(wrapped, optimizer, num_steps)
+        return wrapped, optimizer
 
     return make

@@ -1,5 +1,9 @@
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
@@ -43,3 +47,38 @@ def test_handlers_are_put_back_at_the_end(caught: list[int], number: int) -> Non
     os.kill(os.getpid(), number)
     assert interruption.signal_number is None
     assert caught == [number]
+
+
+# A lock taken twice waits for ever inside the C library, as a collective does for a process that is gone.
+STUCK = """
+import ctypes
+from celltron.train.interrupt import Interruption
+
+with Interruption(deadline_seconds=0.5):
+    print("entered", flush=True)
+    library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(lock)
+    library.pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_that_waits_for_ever_ends_at_the_deadline(number: int) -> None:
+    stuck = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert stuck.stdout is not None and stuck.stdout.readline() == "entered\n"
+    time.sleep(0.1)
+    begin = time.monotonic()
+    stuck.send_signal(number)
+    _, said = stuck.communicate(timeout=30)
+    assert stuck.returncode == 128 + number and time.monotonic() - begin > 0.5
+    assert said.startswith(f"celltron: error: not stopped 0.5 s after {signal.Signals(number).name}: ")
+    assert said.count("\n") == 1 and "--resume auto" in said
+
+
+def test_nothing_is_left_after_the_block(caught: list[int]) -> None:
+    threads = threading.active_count()
+    with Interruption(deadline_seconds=0.2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.4)
+    assert threading.active_count() == threads
+    assert signal.set_wakeup_fd(-1) == -1

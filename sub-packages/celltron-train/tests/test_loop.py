@@ -22,6 +22,7 @@ from celltron.train.loop import Job, LoopConfig, LossFunction, StepBatch, fit
 from celltron.train.metrics import MetricsWriter
 from celltron.train.optimizer import OptimizerConfig, wrap_model
 from celltron.train.schedule import ScheduleConfig
+from celltron.train.step_timer import PARTS
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 # DESIGN.md names these; new keys may be added, none renamed.
@@ -52,7 +53,7 @@ def make_batch(number: int, sizes: tuple[int, ...] = (3, 5)) -> StepBatch:
     micro_batches = [
         tuple(torch.randn(size, width, generator=generator, dtype=torch.float64) for width in (4, 3)) for size in sizes
     ]
-    return StepBatch(micro_batches=micro_batches, num_cells=4, num_tokens=30, num_places=40)
+    return StepBatch(micro_batches=micro_batches, num_cells=4, num_tokens=30, num_places=40, flops=1000.0)
 
 
 @dataclass
@@ -82,9 +83,17 @@ class CheckpointsInMemory(Checkpoints):
     def __init__(self) -> None:
         self.states: list[RunState] = []
 
-    def save(self, state: RunState, model: Any, optimizer: Any) -> Path:
+    def begin(self, state: RunState, model: Any, optimizer: Any) -> None:
         self.states.append(state)
-        return Path()
+
+    def poll(self) -> None:
+        """Complete at once."""
+
+    def wait(self) -> Path | None:
+        return Path(f"step {self.states[-1].step}") if self.states else None
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def validation() -> Iterator[StepBatch]:
@@ -233,14 +242,84 @@ def test_without_validation_places_the_loss_is_zero(make_job: Callable[..., Job]
 
 def test_the_last_step_is_saved(make_job: Callable[..., Job]) -> None:
     job = make_job()
-    fit(CONFIG, job)
-    assert job.checkpoints.states == [
-        RunState(step=4, seed=0, loader={"number": 4}, distributed_optimizer=False, dtype="float64")
-    ]
+    validation_loss = fit(CONFIG, job)
+    state = RunState(step=4, seed=0, loader={"number": 4}, distributed_optimizer=False, dtype="float64")
+    assert job.checkpoints.states == [replace(state, validation_loss=validation_loss)]
     job = make_job()
     fit(replace(CONFIG, save_every=3), job)
     assert [state.step for state in job.checkpoints.states] == [3, 4]
     assert [state.loader for state in job.checkpoints.states] == [{"number": 3}, {"number": 4}]
+    assert [state.validation_loss is None for state in job.checkpoints.states] == [True, False]
+
+
+class SlowCheckpoints(CheckpointsInMemory):
+    """A checkpoint is complete, or cannot be written, two steps after it was begun."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__()
+        self.failure = failure
+        self.polls: list[int] = []
+        self.is_closed = False
+
+    def poll(self) -> Path | None:
+        if not self.states:
+            return None
+        self.polls.append(self.states[-1].step)
+        if self.polls.count(self.states[-1].step) != 2:
+            return None
+        if self.failure:
+            raise self.failure
+        return Path(f"step_{self.states[-1].step}")
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(checkpoints=SlowCheckpoints())
+    fit(replace(CONFIG, max_steps=6, save_every=3), job)
+    assert job.checkpoints.polls == [3, 3, 3]
+    lines = capsys.readouterr().err.splitlines()
+    place = lines.index("saved step_3")
+    assert lines[place - 1].startswith("step       5") and lines[place + 1].startswith("step       6")
+    assert job.checkpoints.is_closed
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(make_job: Callable[..., Job]) -> None:
+    job = make_job(checkpoints=SlowCheckpoints(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        fit(replace(CONFIG, max_steps=9, save_every=3), job)
+    assert [record["step"] for record in read(job, "loss")] == [1, 2, 3, 4, 5]
+    assert job.checkpoints.is_closed
+
+
+def test_a_loss_far_above_those_before_is_noted(make_job: Callable[..., Job]) -> None:
+    def forward(micro_batch: MicroBatch, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        x_MD, y_ME = micro_batch
+        factor = 40.0 if any(torch.equal(x_MD, part[0]) for part in make_batch(25).micro_batches) else 1.0
+        return forward_step((x_MD, y_ME * factor), model)
+
+    job = make_job(forward_step=forward)
+    fit(replace(CONFIG, max_steps=30), job)
+    (note,) = read(job, "note")
+    assert (note["step"], note["note"], note["cells"]) == (25, "loss spike", [250, 251, 252, 253])
+    assert note["spike_loss"] == read(job, "loss")[24]["loss"] > 10 * note["median_loss"]
+
+
+def test_time_and_arithmetic_are_accounted_for(make_job: Callable[..., Job]) -> None:
+    job = make_job(peak_flops=2e9)
+    fit(CONFIG, job)
+    for record in read(job, "loss"):
+        parts = [record[f"{part}_fraction"] for part in PARTS if part != "other"]
+        assert all(0.0 <= part < 1.0 for part in parts) and sum(parts) < 1.0
+        assert min(parts[1], parts[2], parts[4]) > 0.0
+        # Four cells a step, of 1000 operations in all.
+        assert record["flops_per_second"] == pytest.approx(record["cells_per_second"] * 250)
+        assert record["flops_per_real_token"] == pytest.approx(1000 / 30)
+        assert record["model_flops_utilization"] == pytest.approx(record["flops_per_second"] / 2e9)
+        assert record["memory_bytes"] > 1e7
 
 
 def test_a_run_goes_on_where_it_is_told(make_job: Callable[..., Job]) -> None:
@@ -306,14 +385,14 @@ def test_a_step_that_is_no_number_is_skipped(
 ) -> None:
     spoilt = make_job(forward_step=spoil(what, value, batches={3}))
     fit(replace(CONFIG, save_every=1), spoilt)
-    (note,) = read(spoilt, "skipped")
-    assert re.fullmatch(reason, note["skipped"])
+    (note,) = read(spoilt, "note")
+    assert re.fullmatch(f"skipped, since {reason}", note["note"])
     assert (note["step"], note["cells"]) == (3, [30, 31, 32, 33])
     records = read(spoilt, "loss")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert [record["grad_norm"] is None for record in records] == [False, False, True, False]
     assert (records[2]["loss"] is None) == (what == "loss")
-    assert "step       3  skipped, since the" in capsys.readouterr().err
+    assert re.search(r"step       3  note: skipped, since the .*; cells 30, 31, 32, 33\n", capsys.readouterr().err)
     # Neither parameters nor moments know of it: as if the step had not been.
     without = make_job()
     fit(replace(CONFIG, max_steps=2), without)
@@ -327,12 +406,12 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(make_job: Callable[..., Job
     config = replace(CONFIG, max_steps=8, max_skipped_steps=2)
     scattered = make_job(forward_step=spoil("loss", math.nan, batches={1, 2, 4, 5, 7, 8}))
     fit(config, scattered)
-    assert len(read(scattered, "skipped")) == 6
+    assert len(read(scattered, "note")) == 6
     scattered.metrics.path.unlink()
     job = make_job(forward_step=spoil("gradient", math.nan, batches={3, 4, 5}))
     with pytest.raises(InputError, match=r"is nan in step 5, the 3\. skipped step in a row \(cells 50, 51"):
         fit(config, job)
-    assert [note["step"] for note in read(job, "skipped")] == [3, 4, 5]
+    assert [note["step"] for note in read(job, "note")] == [3, 4, 5]
     assert job.checkpoints.states == []
 
 
@@ -377,7 +456,12 @@ def test_a_global_batch_must_be_dealt_to_processes() -> None:
     [({name: 0}, f"loop.{name} is 0") for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every")]
     + [
         ({name: -1}, f"loop.{name} is -1")
-        for name in ("validate_every", "save_every", "keep_checkpoints", "max_skipped_steps", "seed")
+        for name in ("validate_every", "save_every", "keep_checkpoints", "keep_best", "keep_every", "seed")
+    ]
+    + [
+        ({"max_skipped_steps": -1}, "loop.max_skipped_steps is -1"),
+        ({"keep_best": 1, "save_every": 10}, "loop.keep_best is 1, .* give loop.validate_every"),
+        ({"keep_best": 1, "save_every": 10, "validate_every": 4}, "loop.keep_best is 1, .* a multiple of it"),
     ],
 )
 def test_impossible_settings_are_named(values: dict[str, int], named: str) -> None:

@@ -1,9 +1,10 @@
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from celltron.train.metrics import MetricsWriter, describe, describe_seconds
+from celltron.train.metrics import MetricsWriter, describe, describe_seconds, numbers_of
 
 RECORD = {
     "step": 1200,
@@ -67,6 +68,63 @@ def test_descriptions() -> None:
     assert describe({"step": 7, "validation_loss": 3.25, "unigram_loss": 4.0}).endswith(
         "(unigram 4.0000: +0.7500 nats better)"
     )
+
+
+class Noted:
+    """A report that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, dict[str, float]]] = []
+        self.is_closed = False
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.told.append((step, dict(values)))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+NOTE = {"step": 7, "note": "loss spike", "spike_loss": 9.25, "median_loss": 3.0, "cells": list(range(100, 112))}
+
+
+def test_reports_are_told_the_numbers_of_each_record(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path, is_main=True, first_step=1)
+    report = Noted()
+    metrics.reports.append(report)
+    metrics.write({"step": 7, "validation_loss": 4.0})
+    metrics.write(NOTE)
+    metrics.close()
+    assert report.told == [(7, {"validation_loss": 4.0}), (7, {"spike_loss": 9.25, "median_loss": 3.0})]
+    assert report.is_closed and not metrics.reports
+    assert metrics.read() == [{"step": 7, "validation_loss": 4.0}, NOTE]
+
+
+def test_what_is_no_number_makes_no_curve() -> None:
+    assert numbers_of({"step": 3, "loss": 1.5, "calls": 2, "ok": True, "name": "a", "list": [1.0], "none": None}) == {
+        "loss": 1.5,
+        "calls": 2,
+    }
+
+
+def test_a_run_without_records_has_none_to_read(tmp_path: Path) -> None:
+    assert MetricsWriter(tmp_path, is_main=True, first_step=1).read() == []
+
+
+def test_a_note_names_some_of_its_cells_and_how_many_more() -> None:
+    start = "step       7  note: loss spike; spike loss 9.25, median loss 3, cells "
+    assert describe(NOTE) == start + "100, 101, 102, 103, 104, 105, 106, 107 and 4 more"
+    assert describe(NOTE | {"cells": [3, 1]}) == start + "3, 1"
+    assert describe({"step": 7, "note": "a word"}) == "step       7  note: a word"
+
+
+def test_a_loss_that_is_not_finite_is_said_in_words() -> None:
+    text = describe(RECORD | {"loss": None, "grad_norm": None})
+    assert "  loss no number  " in text and "  grad norm no number  " in text
+
+
+def test_utilisation_is_said_where_it_is_known() -> None:
+    text = describe(RECORD | {"model_flops_utilization": 0.514})
+    assert text.endswith("1.2% waiting  51.4% of peak  3 min 20 s left")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from celltron.core import InputError
+from celltron.train import together
 from celltron.train.launch import Launch
-from celltron.train.together import do_on_main, do_together, share_from_main
+from celltron.train.together import blame_lost_process, do_on_main, do_together, share_from_main
 
 pytestmark = pytest.mark.usefixtures("engine")
 OTHER = Launch(rank=1, world_size=2, local_rank=1)
@@ -71,3 +72,24 @@ def test_defects_are_told_to_the_others_and_stay_what_they_are(monkeypatch: pyte
     with pytest.raises(ZeroDivisionError):
         do_together(lambda: 1 // 0)
     assert told == [1]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:14007",
+        "NCCL error: remote process exited or there was a network error, NCCL version 2.27.3",
+        "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    ],
+)
+def test_a_process_that_is_gone_is_blamed_in_one_sentence(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setattr(together, "_SECONDS_BEHIND", 0.0)
+    with pytest.raises(InputError, match="another process of this run ended; its own message"), blame_lost_process():
+        raise RuntimeError(said)
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    error = RuntimeError("shapes [3] and [4] do not fit")
+    with pytest.raises(RuntimeError) as raised, blame_lost_process():
+        raise error
+    assert raised.value is error

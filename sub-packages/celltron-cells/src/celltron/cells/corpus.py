@@ -3,6 +3,7 @@
 V tokens of the vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,9 @@ from celltron.cells.sampler import LoaderState, Order
 from celltron.cells.split import Split, split_cells
 from celltron.cells.tokenize import RankTokenizer, count_tokens
 from celltron.core import (
+    CLS,
+    MASK,
+    PAD,
     InputError,
     KeyedPermutation,
     MedianTable,
@@ -56,6 +60,8 @@ class DataConfig:
     """A file that `celltron medians` wrote, whose medians are taken instead of the vocabulary's."""
     with_cls_eos: bool = False
     """Whether a vocabulary of the store's own genes gets <cls> and <eos>, which then frame every cell."""
+    with_cls: bool = False
+    """Whether it gets <cls> alone, which then stands before every cell, as in BioNeMo's Geneformer."""
     max_length: int = 2048
     """Longest cell in tokens, special ones included; the lowest ranks are cut off."""
     cache: bool = False
@@ -82,6 +88,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise ValueError(f"data.max_length is {self.max_length}, but must be at least 1")
+        if self.with_cls and self.with_cls_eos:
+            raise ValueError("data.with_cls and data.with_cls_eos are both true; choose the tokens that frame a cell")
         for name in ("validation_cells", "unigram_cells"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, but must not be negative")
@@ -92,6 +100,12 @@ class DataConfig:
     def sources(self) -> tuple[str, ...]:
         """`paths` as a sequence."""
         return (self.paths,) if isinstance(self.paths, str) else self.paths
+
+    def vocabulary_of(self, genes: Sequence[str]) -> Vocabulary:
+        """A vocabulary of a store's own genes, in their order."""
+        if self.with_cls:
+            return Vocabulary([PAD, MASK, CLS, *genes])
+        return Vocabulary.from_genes(genes, with_cls_eos=self.with_cls_eos)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -256,7 +270,7 @@ def _vocabulary(config: DataConfig, store: CellReader, split: Split) -> tuple[Vo
         genes = [gene for gene in store.gene_ids if gene in seen]
         if not genes:
             raise InputError(f"{config.medians} has none of the genes of {store.name}; give medians of its species")
-        return Vocabulary.from_genes(genes, with_cls_eos=config.with_cls_eos), medians
+        return config.vocabulary_of(genes), medians
     for published in PUBLISHED:
         if config.vocabulary == published:
             vocabulary, medians = load_published_geneformer(published)

@@ -37,7 +37,7 @@ class GeneTokens(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Largest length, and the ids that stand around a cell, -1 without them."""
+    """Largest length, and the ids that stand before and after a cell, -1 without one."""
 
     max_length: int
     cls_id: int
@@ -241,7 +241,7 @@ def rank_cells(
     gene_tokens = np.empty(longest, dtype=np.int32)
     all_keys, all_other_keys = np.empty(longest, dtype=np.uint32), np.empty(longest, dtype=np.uint32)
     low_ends, high_ends = np.empty(NUM_DIGITS, dtype=np.int32), np.empty(NUM_DIGITS, dtype=np.int32)
-    most = frame.max_length - 2 if frame.cls_id >= 0 else frame.max_length
+    most = frame.max_length - (frame.cls_id >= 0) - (frame.eos_id >= 0)
     for k in range(rows.slots.shape[0]):
         slot, size = rows.slots[k], rows.sizes[k]
         begin = end = begins[slot]
@@ -269,7 +269,7 @@ def rank_cells(
                 for i in range(kept):
                     all_tokens[end + i] = tokens[keys[i] & PLACE]
             end += kept
-        if frame.cls_id >= 0:
+        if frame.eos_id >= 0:
             all_tokens[end] = frame.eos_id
             end += 1
         lengths[slot] = end - begin

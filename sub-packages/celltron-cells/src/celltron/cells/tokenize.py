@@ -20,7 +20,7 @@ from celltron.cells.rank_kernel import Frame, GeneTokens, rank_cells
 from celltron.cells.reader import CellReader
 from celltron.cells.store import fingerprint_of_genes
 from celltron.cells.token_rows import TokenRows, copy_tokens
-from celltron.core import InputError, MedianTable, Vocabulary
+from celltron.core import CLS, EOS, InputError, MedianTable, Vocabulary
 
 COUNT_CELLS = 4096
 SMALLEST_MEDIAN, LARGEST_MEDIAN = 1e-15, 1e15
@@ -33,14 +33,15 @@ class RankTokenizer:
     A gene's score is count / total_counts x 10,000 / median, in float64 and in this order, where ``total_counts`` is
     over all genes of the cell's source. Tokens come by falling score, at a tie by rising token id, and are cut to
     ``max_length``, CLS and EOS included. Genes without a token or without a median are left out. A cell none of whose
-    genes is left has length 0, or 2 with CLS and EOS.
+    genes is left has the length of its frame: 0, 1 or 2.
 
     Args:
         vocabulary: token ids.
         medians: non-zero medians of count / total x 10,000.
         genes: the store's gene ids in order.
         max_length: largest number of tokens of a cell.
-        add_cls_eos: put CLS first and EOS last; None does so when the vocabulary has them.
+        add_cls: put CLS first; None does so when the vocabulary has it.
+        add_eos: put EOS last; None does so when the vocabulary has it.
     """
 
     def __init__(
@@ -50,24 +51,19 @@ class RankTokenizer:
         genes: Sequence[str],
         *,
         max_length: int = 2048,
-        add_cls_eos: bool | None = None,
+        add_cls: bool | None = None,
+        add_eos: bool | None = None,
     ) -> None:
-        cls_id, eos_id = vocabulary.cls_id, vocabulary.eos_id
-        has_both = cls_id is not None and eos_id is not None
-        self.add_cls_eos = has_both if add_cls_eos is None else add_cls_eos
-        if self.add_cls_eos and not has_both:
-            raise InputError(
-                "add_cls_eos was asked of a vocabulary without <cls> and <eos>: leave it out or take a vocabulary "
-                "that has them"
-            )
-        if max_length < (3 if self.add_cls_eos else 1):
-            raise InputError(f"max_length is {max_length}: wanted {3 if self.add_cls_eos else 1} or more tokens a cell")
+        cls_id = _frame_id(add_cls, vocabulary.cls_id, CLS)
+        eos_id = _frame_id(add_eos, vocabulary.eos_id, EOS)
+        self._frame = Frame(max_length, cls_id, eos_id)
+        self.add_cls, self.add_eos = cls_id >= 0, eos_id >= 0
+        shortest = 1 + self.add_cls + self.add_eos
+        if max_length < shortest:
+            raise InputError(f"max_length is {max_length}: wanted {shortest} or more tokens a cell")
         self.vocabulary = vocabulary
         self.medians = medians
         self.max_length = max_length
-        self._frame = Frame(max_length, -1, -1)
-        if self.add_cls_eos and cls_id is not None and eos_id is not None:
-            self._frame = Frame(max_length, cls_id, eos_id)
         self._genes_fingerprint = fingerprint_of_genes(tuple(genes))
         tokens = vocabulary.ids_of(list(genes))
         median_of_token = medians.for_vocabulary(vocabulary)
@@ -175,7 +171,8 @@ class RankTokenizer:
             "kind": "rank",
             "version": 1,
             "max_length": self.max_length,
-            "add_cls_eos": self.add_cls_eos,
+            "add_cls": self.add_cls,
+            "add_eos": self.add_eos,
             "target_total": TARGET_TOTAL,
             "vocabulary": self.vocabulary.fingerprint(),
             "medians": self.medians.fingerprint(),
@@ -186,6 +183,16 @@ class RankTokenizer:
     def fingerprint(self) -> str:
         """sha256 (hex) of `to_dict`."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _frame_id(is_wanted: bool | None, token_id: int | None, token: str) -> int:
+    """The id of a special token that frames cells, -1 for none."""
+    if token_id is None and is_wanted:
+        raise InputError(
+            f"add_{token.strip('<>')} was asked of a vocabulary without {token}: leave it out or take a vocabulary "
+            "that has it"
+        )
+    return -1 if token_id is None or is_wanted is False else token_id
 
 
 def _tokens_at(genes: GeneTokens, places: npt.NDArray[np.int64]) -> GeneTokens:

@@ -1,4 +1,4 @@
-"""Checkpoints: written by every process through Megatron's `dist_checkpointing`, complete or not there at all.
+"""Checkpoints: written by every process in Megatron's `torch_dist` format, complete or not there at all.
 
     <run>/checkpoints/step_00001000/state/        torch_dist shards of parameters and optimizer
                                     run.json      step, loader state, what the shards need to be read
@@ -9,71 +9,48 @@
 A checkpoint written under one layout is read under any other.
 """
 
-import errno
 import json
-import logging
-import os
-import queue
-import re
-import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
-from celltron.core import (
-    InputError,
-    begin_artefact,
-    build_config,
-    discard_artefact,
-    finish_artefact,
-    read_manifest,
-    verify_artefact,
-    write_atomically,
-)
+from celltron.core import InputError, begin_artefact, discard_artefact, finish_artefact, write_atomically
 from celltron.core.durable import name_file_in_errors
+from celltron.train.async_save import Copier, Part, Save, Snapshot
+from celltron.train.checkpoint_folder import (
+    CHECKPOINT_FORMAT,
+    CHECKPOINT_VERSION,
+    LATEST_NAME,
+    RUN_STATE_NAME,
+    clear_leftovers,
+    newest_complete_step,
+)
+from celltron.train.checkpoint_folder import STATE_FOLDER as STATE_FOLDER
+from celltron.train.checkpoint_folder import RunState as RunState
+from celltron.train.checkpoint_folder import describe_checkpoint as describe_checkpoint
+from celltron.train.checkpoint_folder import find_checkpoint as find_checkpoint
+from celltron.train.checkpoint_folder import read_run_state as read_run_state
+from celltron.train.checkpoint_folder import verify_checkpoint as verify_checkpoint
 from celltron.train.distributed_optimizer import allocate_moments, load_distributed_optimizer
 from celltron.train.launch import Launch
+from celltron.train.optimizer_kinds import read_other_kind
 from celltron.train.precision import name_dtype
+from celltron.train.retention import RetentionConfig, remove_outdated
 from celltron.train.together import do_on_main, share_from_main
-from celltron.train.torch_dist import check_torch_dist
 
-CHECKPOINT_FORMAT = "celltron-checkpoint"
-CHECKPOINT_VERSION = 1
-LATEST_NAME = "latest"
-STATE_FOLDER = "state"
 # Layers are stored one by one, and the optimizer's state in the parameters' shapes, so that any layout reads both.
 MODEL_METADATA = {"non_homogeneous_layers": True}
 OPTIMIZER_METADATA = {**MODEL_METADATA, "distrib_optim_sharding_type": "fully_reshardable"}
-# What PyTorch says when its archive meets a full disk; what the system said is lost.
-_ARCHIVE_CUT_SHORT = re.compile(r"inline_container\.cc|iostream error")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunState:
-    """What continues a run besides parameters and optimizer."""
-
-    step: int
-    """Steps taken."""
-    seed: int
-    """The run's seed: with the step, the whole state of dropout's generators."""
-    loader: dict[str, int]
-    """Where the training batches stand, as the stream gave it."""
-    distributed_optimizer: bool
-    """Whether the optimizer's state was split between data-parallel processes."""
-    dtype: str
-    """Of the parameters."""
-    has_optimizer: bool = True
-    """Whether the optimizer's state is there too; without it, as after an import, no run can be resumed."""
 
 
 class Checkpoints:
@@ -83,65 +60,130 @@ class Checkpoints:
         folder: `<run>/checkpoints`.
         launch: This process's place.
         keep: How many of the newest to keep; 0 keeps all.
+        retention: Which are kept, instead of `keep`.
         files: The run's own files that travel in every checkpoint: name to text.
     """
 
     def __init__(
-        self, folder: Path, *, launch: Launch, keep: int = 0, files: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *,
+        launch: Launch,
+        keep: int = 0,
+        retention: RetentionConfig | None = None,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.launch = launch
-        self.keep = keep
+        self.retention = retention or RetentionConfig(keep_last=keep)
         self.files = dict(files or {})
+        self._copier = Copier()
+        self._save: Save | None = None
+        self._is_first = True
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return self.folder / f"step_{step:08d}"
 
-    def save(self, state: RunState, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Path:
-        """Write a checkpoint; every process calls this.
+    def begin(self, state: RunState, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Path | None:
+        """Begin a checkpoint; once this returns, training may go on. Every process calls this.
+
+        Returns:
+            The checkpoint before it, if that was not complete yet and had to be waited for.
+
+        Raises:
+            Exception: as `poll`.
+        """
+        earlier = self.poll()
+        if self._save is not None:
+            if self.launch.is_main:
+                name = self._save.final.name
+                print(f"{name} is still being written; step {state.step:,} waits with its own", file=sys.stderr)
+            earlier = self.wait()
+        if self._is_first:
+            do_on_main(self.launch, lambda: clear_leftovers(self.folder))
+            self._is_first = False
+        final = self.path(state.step)
+        sharded = _sharded_state(model.module, optimizer, is_loading=False)
+
+        def complete(snapshot: Snapshot, parts: list[Part]) -> None:
+            _complete(final, state, self.files, snapshot, parts)
+            write_atomically(self.folder / LATEST_NAME, final.name + "\n")
+            remove_outdated(self.retention, self.folder, current=state.step)
+
+        self._save = _begin(final, sharded, complete, copier=self._copier, launch=self.launch, replace=True)
+        return earlier
+
+    def poll(self) -> Path | None:
+        """Go on with the checkpoint begun, if any, without waiting for the disk; every process calls this every step.
+
+        Returns:
+            The checkpoint, once, when it is complete.
 
         Raises:
             OSError: the disk is full or not writable; no half-written checkpoint is left.
+            InputError: that happened to another process.
         """
-        final = self.path(state.step)
-        sharded = _sharded_state(model.module, optimizer, is_loading=False)
-        _write(final, state, sharded, files=self.files, launch=self.launch, replace=True)
-        do_on_main(self.launch, lambda: self._point_to(final))
+        return None if self._save is None else self._end_if(self._save.poll)
+
+    def wait(self) -> Path | None:
+        """Wait for the checkpoint begun, if any; every process calls this.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            Exception: as `poll`.
+        """
+        return None if self._save is None else self._end_if(self._save.wait)
+
+    def save(self, state: RunState, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Path:
+        """Write a checkpoint and wait for it; every process calls this.
+
+        Raises:
+            Exception: as `poll`.
+        """
+        self.begin(state, model, optimizer)
+        final = self.wait()
+        assert final is not None
         return final
 
-    def _point_to(self, final: Path) -> None:
-        write_atomically(self.folder / LATEST_NAME, final.name + "\n")
-        if self.keep:
-            others = [path for path in list_checkpoints(self.folder) if path != final]
-            for old in others[: max(0, len(others) + 1 - self.keep)]:
-                shutil.rmtree(old)
+    def close(self) -> None:
+        """Give up the checkpoint begun, if any, as a run does that fails; other processes need not call this."""
+        if self._save is None:
+            return
+        self._save.give_up()
+        if self.launch.is_main:
+            discard_artefact(_partial_of(self._save.final))
+        self._save = None
+
+    def _end_if(self, advance: Callable[[], bool]) -> Path | None:
+        assert self._save is not None
+        try:
+            is_complete = advance()
+        except BaseException:
+            self.close()
+            raise
+        if not is_complete:
+            return None
+        final, self._save = self._save.final, None
+        return final
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint; every process calls this, the main one verifies every checksum.
 
+        What killed saves left is removed first.
+
         Raises:
             InputError: there are checkpoints, but all are damaged.
         """
-        step = share_from_main(self.launch, lambda: _newest_complete_step(self.folder))
+
+        def find() -> int:
+            clear_leftovers(self.folder)
+            return newest_complete_step(self.folder)
+
+        step = share_from_main(self.launch, find)
         return None if step < 0 else self.path(step)
-
-
-def _newest_complete_step(folder: Path) -> int:
-    """Step of the newest complete checkpoint, -1 where there is none; damaged newer ones are named."""
-    problems = []
-    for path in reversed(_up_to_latest(folder)):
-        try:
-            verify_checkpoint(path)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            print(f"{problem}; using the older {path.name} instead", file=sys.stderr)
-        return int(path.name.removeprefix("step_"))
-    if problems:
-        raise InputError(f"no checkpoint in {folder} is complete: {problems[0]}")
-    return -1
 
 
 def save_model(
@@ -169,144 +211,66 @@ def save_model(
     """
     assert not state.has_optimizer, state
     sharded = {"model": _model_state(model)}
-    _write(path, state, sharded, files=files, launch=launch, replace=replace)
-
-
-def _write(
-    final: Path,
-    state: RunState,
-    sharded: dict[str, Any],
-    *,
-    files: Mapping[str, str],
-    launch: Launch,
-    replace: bool,
-) -> None:
-    partial = final.with_name(f".{final.name}.partial")
-
-    def finish() -> None:
-        for name, text in files.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        (partial / "run.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        finish_artefact(partial, final, format=CHECKPOINT_FORMAT, version=CHECKPOINT_VERSION, meta={"step": state.step})
-
-    do_on_main(launch, lambda: (begin_artefact(final, replace=replace) / STATE_FOLDER).mkdir())
+    save = _begin(
+        path, sharded, partial(_complete, path, state, files), copier=Copier(), launch=launch, replace=replace
+    )
     try:
-        with name_file_in_errors(final):
-            _save_shards(sharded, partial / STATE_FOLDER)
-            do_on_main(launch, finish)
+        save.wait()
     except BaseException:
+        save.give_up()
         if launch.is_main:
-            discard_artefact(partial)
+            discard_artefact(_partial_of(path))
         raise
 
 
-def _save_shards(sharded: dict[str, Any], folder: Path) -> None:
-    # Megatron would serve this queue from a process of its own, which dies of a signal sent to the whole run and
-    # outlives a run that is killed. Saving is synchronous here, so the writers' answers never leave this process.
-    filesystem_async._results_queue = queue.Queue()
-    filesystem_async.logger.setLevel(logging.CRITICAL)  # what a writer met is in the error raised here
+def _partial_of(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _begin(
+    final: Path,
+    sharded: dict[str, Any],
+    complete: Callable[[Snapshot, list[Part]], object],
+    *,
+    copier: Copier,
+    launch: Launch,
+    replace: bool,
+) -> Save:
+    """Make the partial folder, take the snapshot and have it written; `complete` ends it on the main process."""
+    do_on_main(launch, lambda: (begin_artefact(final, replace=replace) / STATE_FOLDER).mkdir())
     try:
-        dist_checkpointing.save(sharded, str(folder))
-    except CheckpointException as error:
-        if not error.failures:
-            raise InputError("another process of this run could not write its part; its message says why") from error
-        rank, cause = _first_failure(error)
-        raise _as_os_error(cause, folder.parent, f"process {rank}") from error
-    except RuntimeError as error:
-        if not _ARCHIVE_CUT_SHORT.search(str(error)):
-            raise
-        raise _as_os_error(error, folder.parent, "the main process") from error
+        with name_file_in_errors(final):
+            snapshot = copier.take(sharded, _partial_of(final) / STATE_FOLDER)
+    except BaseException:
+        if launch.is_main:
+            discard_artefact(_partial_of(final))
+        raise
+    return Save(snapshot, partial(complete, snapshot), final=final, launch=launch)
 
 
-def _as_os_error(cause: BaseException, folder: Path, where: str) -> OSError:
-    # A writer is a process of its own, from which only the text of its error comes back.
-    found = re.search(r"\[Errno (\d+)\]", str(cause))
-    number = int(found[1]) if found else errno.EIO
-    reason = os.strerror(number) if found else f"{type(cause).__name__}: {cause}"
-    if _ARCHIVE_CUT_SHORT.search(reason):
-        reason = "the tensors could not be written to their end, as on a full disk"
-    return OSError(number, f"{reason} (on {where})", str(folder))
-
-
-def _first_failure(error: CheckpointException) -> tuple[int, BaseException]:
-    """The first process that failed and what it met; PyTorch tells every process of every failure."""
-    rank, (cause, _) = min(error.failures.items())
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return rank, cause
-
-
-def _up_to_latest(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first, up to the one that `latest` names: later ones are of an abandoned run."""
-    found = list_checkpoints(folder)
-    pointer = folder / LATEST_NAME
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
-    names = [path.name for path in found]
-    return found[: names.index(name) + 1] if name in names else found
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first; whether they are undamaged is not checked."""
-    return sorted(path for path in folder.glob("step_????????") if path.is_dir())
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run, given the run's folder or its `checkpoints`; any other path is given back.
-
-    Raises:
-        InputError: `latest` does not hold the name of a checkpoint.
-    """
-    for folder in (path, path / "checkpoints"):
-        pointer = folder / LATEST_NAME
-        if pointer.is_file():
-            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-            if not name or Path(name).name != name:
-                raise InputError(f"{pointer} holds {name[:60]!r}, no checkpoint's name; give a checkpoint instead")
-            return folder / name
-    return path
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Check format, version, every file's length and checksum, and that the shards hold nothing but tensors.
-
-    Raises:
-        InputError: names the first thing that is wrong.
-    """
-    if not path.is_dir():
-        raise InputError(f"{path} is no checkpoint folder; give a folder such as RUN/checkpoints/step_00001000")
-    read_manifest(path, format=CHECKPOINT_FORMAT, versions=[CHECKPOINT_VERSION])
-    verify_artefact(path)
-    check_torch_dist(path / STATE_FOLDER)
-
-
-def describe_checkpoint(path: Path) -> str:
-    """A few lines on what a checkpoint holds."""
-    manifest = read_manifest(path, format=CHECKPOINT_FORMAT, versions=[CHECKPOINT_VERSION])
-    state = read_run_state(path)
-    num_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
-    return (
-        f"{path}: checkpoint of step {state.step:,}, {state.dtype} parameters, {num_bytes / 1e6:,.1f} MB in "
-        f"{len(manifest['files'])} files\nwritten by celltron {manifest['celltron_version']}; "
-        f"next cell: place {state.loader.get('position', 0):,} of epoch {state.loader.get('epoch', 0):,}"
-    )
-
-
-def read_run_state(path: Path) -> RunState:
-    """Read `run.json` of a verified checkpoint."""
-    try:
-        values = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return build_config(RunState, values, where="run.json")
-    except ValueError as error:
-        raise InputError(
-            f"{path} does not hold the run.json that this celltron writes ({error}); use the version that wrote it"
-        ) from None
+def _complete(final: Path, state: RunState, files: Mapping[str, str], snapshot: Snapshot, parts: list[Part]) -> None:
+    """Write the index, the run's files and, last, the manifest; on the main process, beside the training."""
+    folder = _partial_of(final)
+    with name_file_in_errors(final):
+        snapshot.write_index(parts)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / RUN_STATE_NAME).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        finish_artefact(
+            folder,
+            final,
+            format=CHECKPOINT_FORMAT,
+            version=CHECKPOINT_VERSION,
+            meta={"step": state.step},
+            files={f"{STATE_FOLDER}/{name}": entry for part in parts for name, entry in part.files.items()},
+        )
 
 
 def load_training(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
     """Read parameters and optimizer of a verified checkpoint into this layout; every process calls this.
 
     Raises:
-        InputError: the checkpoint's tensors do not fit the model, or its optimizer is of the other kind.
+        InputError: the checkpoint's tensors do not fit the model, or its precision is another.
     """
     saved = read_run_state(path)
     if not saved.has_optimizer:
@@ -314,21 +278,27 @@ def load_training(path: Path, model: DistributedDataParallel, optimizer: Megatro
             f"{path} holds a model without an optimizer's state, as an import writes it, so no run can be resumed from "
             "it; give a checkpoint of a run"
         )
-    is_distributed = model.ddp_config.use_distributed_optimizer
-    if saved.distributed_optimizer != is_distributed:
-        raise InputError(
-            f"parallel.distributed_optimizer is {str(is_distributed).lower()}, but {path} was written with "
-            f"{str(saved.distributed_optimizer).lower()}; continue with the value it was written with"
-        )
     dtype = name_dtype(model.module.config.params_dtype)
     if saved.dtype != dtype:
         raise InputError(
             f"precision makes {dtype} parameters, but {path} holds {saved.dtype}; continue with the same precision"
         )
+    is_distributed = model.ddp_config.use_distributed_optimizer
+    is_other_kind = saved.distributed_optimizer != is_distributed
+    if is_other_kind and dtype == "float64":
+        raise InputError(
+            f"parallel.distributed_optimizer is {str(is_distributed).lower()}, but {path} was written with "
+            f"{str(saved.distributed_optimizer).lower()}, and its moments would lose digits in float32; continue with "
+            "the value it was written with"
+        )
     if is_distributed:
         allocate_moments(optimizer)
     sharded = _sharded_state(model.module, optimizer, is_loading=True)
-    loaded = _load(sharded, path)
+    if is_other_kind:
+        read = partial(_load, path=path)
+        loaded = read_other_kind(sharded, read, is_split=is_distributed, has_copies=dtype != "float32")
+    else:
+        loaded = _load(sharded, path)
     model.module.load_state_dict(loaded["model"])
     if is_distributed:
         load_distributed_optimizer(optimizer, loaded["optimizer"])
@@ -350,12 +320,20 @@ def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(path / STATE_FOLDER))
     except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
-        cause = _first_failure(error)[1] if isinstance(error, CheckpointException) else error
+        cause = _first_failure(error) if isinstance(error, CheckpointException) else error
         reason = " ".join(str(cause).split())[:300]
         raise InputError(
             f"the tensors in {path} do not fit this model ({reason}); use the config in the checkpoint"
         ) from error
     return loaded
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    """What the first process that failed met; PyTorch tells every process of every failure."""
+    _, (cause, _) = min(error.failures.items())
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return cause
 
 
 def _sharded_state(module: MegatronModule, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """Who this process is among the processes of the run: the one place that reads a launcher's environment."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from torch.distributed.rendezvous import rendezvous
 
 from celltron.core import InputError
+from celltron.train.meeting import open_fresh_part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +85,9 @@ def choose_device(device: str, launch: Launch) -> torch.device:
 
 # Others wait for the main process as long as it takes to convert a corpus; a process that dies still ends the wait.
 PATIENCE = timedelta(days=7)
+# In finding each other they are not as patient: a launcher may be gone.
+MEETING_TIMEOUT = timedelta(minutes=30)
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _patient_groups: list[torch.distributed.ProcessGroup] = []
 
 
@@ -94,6 +102,7 @@ def start_process_group(launch: Launch, device: torch.device) -> None:
     Raises:
         InputError: there are several processes, but not the address where they meet.
     """
+    end_with_launcher()
     if device.type == "cpu":
         from celltron.train import cpu
 
@@ -113,6 +122,15 @@ def start_process_group(launch: Launch, device: torch.device) -> None:
         _patient_groups[:] = [torch.distributed.new_group(backend="gloo", timeout=PATIENCE)]
 
 
+def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Have Linux kill this process when the torchrun that started it dies.
+
+    Torchrun's processes outlive it otherwise: they would go on to write into the folder of a run that is started anew.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL.value)
+
+
 def _join(backend: str, launch: Launch) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -120,5 +138,7 @@ def _join(backend: str, launch: Launch) -> None:
             f"the environment sets WORLD_SIZE {launch.world_size} but not {', '.join(missing)}; start the processes "
             "with torchrun, which sets all of them"
         )
+    store, rank, world_size = next(rendezvous("env://", timeout=MEETING_TIMEOUT))
+    store = open_fresh_part(store, rank, world_size, MEETING_TIMEOUT.total_seconds())
     timeout = PATIENCE if backend == "gloo" else None
-    torch.distributed.init_process_group(backend, timeout=timeout)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

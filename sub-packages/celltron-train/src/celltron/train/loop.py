@@ -2,9 +2,9 @@
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,12 +15,18 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from celltron.core import InputError
 from celltron.train.checkpoint import Checkpoints, RunState
+from celltron.train.engine import whole_parameters
 from celltron.train.interrupt import Interruption
+from celltron.train.meter import Meter
 from celltron.train.metrics import MetricsWriter
 from celltron.train.optimizer import set_learning_rate, take_step
 from celltron.train.precision import name_dtype
 from celltron.train.randomness import seed_step
+from celltron.train.retention import RetentionConfig
 from celltron.train.schedule import ScheduleConfig, learning_rate
+from celltron.train.spike import SpikeConfig, SpikeDetector
+from celltron.train.step_timer import PAUSED, HostClock, StepTimer
+from celltron.train.together import blame_lost_process
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Output of the last stage to (sum of losses, count), both scalars on the model's device."""
@@ -40,6 +46,8 @@ class StepBatch:
     """Real tokens in this part."""
     num_places: int
     """Places computed on, padding included."""
+    flops: float = 0.0
+    """Floating-point operations of a training step on this part, as the model counts them."""
 
 
 class BatchStream(Protocol):
@@ -78,6 +86,10 @@ class LoopConfig:
     """Steps between two checkpoints; one is always written at the end, and with 0 only that one."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept; 0 keeps all."""
+    keep_best: int = 0
+    """Checkpoints of the lowest validation loss kept besides, of those written at a step that was validated."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this are kept for ever; 0 is none."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped since their loss or gradient is no finite number; one more ends the run."""
 
@@ -85,9 +97,22 @@ class LoopConfig:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("validate_every", "save_every", "keep_checkpoints", "max_skipped_steps", "seed"):
+        counts = ("validate_every", "save_every", "keep_checkpoints", "keep_best", "keep_every", "max_skipped_steps")
+        for name in (*counts, "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}, but must not be negative")
+        if self.keep_best and (not self.validate_every or self.save_every % self.validate_every):
+            raise ValueError(
+                f"loop.keep_best is {self.keep_best}, but only checkpoints of validated steps have a loss to compare; "
+                "give loop.validate_every, and a loop.save_every that is a multiple of it"
+            )
+
+    @property
+    def retention(self) -> RetentionConfig:
+        """Which checkpoints stay."""
+        return RetentionConfig(
+            keep_last=self.keep_checkpoints, keep_best=self.keep_best, keep_every=self.keep_every
+        )
 
     def check_batches(self, data_parallel: int) -> None:
         """Check that a global batch can be dealt to processes.
@@ -139,6 +164,10 @@ class Job:
     """Starts one pass over this process's part of the validation cells."""
     checkpoints: Checkpoints
     metrics: MetricsWriter
+    timer: StepTimer[Any] = field(default_factory=lambda: StepTimer(HostClock()))
+    peak_flops: float = 0.0
+    """Floating-point operations a second of all processes' devices together; 0 if they are not known."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     validation_facts: dict[str, float] = field(default_factory=dict)
     """Written beside every validation loss: what it must beat."""
 
@@ -152,6 +181,7 @@ class _Totals:
     cells: float
     tokens: float
     places: float
+    flops: float
     interruptions: float
 
 
@@ -168,34 +198,86 @@ def fit(config: LoopConfig, job: Job, *, first_step: int = 1) -> float:
         SystemExit: after SIGTERM or SIGINT, once a checkpoint of the step that was being taken is written.
     """
     config.check_first_step(first_step)
-    clock = _Clock()
-    validation_loss = 0.0
-    skipped_in_a_row = 0
-    with Interruption() as interruption:
-        for step in range(first_step, config.max_steps + 1):
-            batch = clock.wait_for(job.train)
-            totals, grad_norm = _train_step(config, job, batch, step, interruption)
-            clock.count(totals)
-            reason = _why_skipped(totals.loss, grad_norm)
-            skipped_in_a_row = skipped_in_a_row + 1 if reason else 0
-            if reason:
-                _note_skipped(config, job, step, reason, skipped_in_a_row)
-            is_last = step == config.max_steps
-            stop = totals.interruptions > 0 and not is_last
-            if step % config.log_every == 0 or is_last or stop:
-                job.metrics.write(_record(config, job, step, totals, grad_norm, clock))
-                clock.start_over()
-            if is_last or (config.validate_every and step % config.validate_every == 0 and not stop):
-                with clock.pause():
-                    validation_loss = _validate(job, step)
+    job.timer.watch(job.model, job.optimizer)
+    job.timer.read()  # what came before is no step's
+    run = _Run(config, job)
+    try:
+        with Interruption() as interruption, blame_lost_process():
+            for step in range(first_step, config.max_steps + 1):
+                run.take_step(step, interruption)
+    finally:
+        job.checkpoints.close()
+    return run.validation_loss
+
+
+class _Run:
+    """What is known from step to step."""
+
+    def __init__(self, config: LoopConfig, job: Job) -> None:
+        self.config = config
+        self.job = job
+        self.meter = Meter(job.timer, job.peak_flops)
+        self.spikes = SpikeDetector(job.spikes)
+        self.skipped_in_a_row = 0
+        self.validation_loss = 0.0
+
+    def take_step(self, step: int, interruption: Interruption) -> None:
+        """One step, and what is due after it."""
+        config, job = self.config, self.job
+        with job.timer.part("data_wait"):
+            batch = next(job.train)
+        totals, grad_norm = _train_step(config, job, batch, step, interruption)
+        self.meter.count(cells=totals.cells, tokens=totals.tokens, places=totals.places, flops=totals.flops)
+        self._look_at(step, totals.loss, grad_norm)
+        is_last = step == config.max_steps
+        stop = totals.interruptions > 0 and not is_last
+        if step % config.log_every == 0 or is_last or stop:
+            self._log(step, totals.loss, grad_norm)
+        with job.timer.part(PAUSED):
+            self._say_saved(job.checkpoints.poll())
+            is_validated = is_last or bool(config.validate_every and step % config.validate_every == 0 and not stop)
+            if is_validated:
+                with whole_parameters(job.model):
+                    self.validation_loss = _validate(job, step)
             if is_last or stop or (config.save_every and step % config.save_every == 0):
-                with clock.pause():
-                    saved = job.checkpoints.save(_run_state(config, job, step), job.model, job.optimizer)
-                job.metrics.say(f"step {step:>7,}  saved {saved}")
-            if stop:
-                job.metrics.say(f"stopped by a signal; step {step:,} is saved, continue with --resume auto")
-                raise SystemExit(128 + (interruption.signal_number or signal.SIGTERM))
-    return validation_loss
+                self._save(step, is_validated=is_validated, is_end=is_last or stop)
+        if stop:
+            job.metrics.say(f"stopped by a signal; step {step:,} is saved, continue with --resume auto")
+            raise SystemExit(128 + (interruption.signal_number or signal.SIGTERM))
+
+    def _look_at(self, step: int, loss: float, grad_norm: float) -> None:
+        """Note a step that was skipped, or whose loss is far above those before.
+
+        Raises:
+            InputError: too many steps in a row were skipped.
+        """
+        reason = _why_skipped(loss, grad_norm)
+        if reason:
+            self.skipped_in_a_row += 1
+            _note_skipped(self.config, self.job, step, reason, self.skipped_in_a_row)
+            return
+        self.skipped_in_a_row = 0
+        spike = self.spikes.see(loss)
+        if spike is not None:
+            self.job.metrics.write(spike.record(step, self.job.train.cells()))
+
+    def _log(self, step: int, loss: float, grad_norm: float) -> None:
+        rate = learning_rate(self.job.schedule, step, self.config.max_steps)
+        record = {"step": step, "loss": _finite(loss), "learning_rate": rate, "grad_norm": _finite(grad_norm)}
+        self.job.metrics.write(record | self.meter.read(steps_left=self.config.max_steps - step))
+
+    def _save(self, step: int, *, is_validated: bool, is_end: bool) -> None:
+        """Begin a checkpoint, which is written while training goes on; at the end of the run, wait for it."""
+        checkpoints = self.job.checkpoints
+        state = _run_state(self.config, self.job, step, _finite(self.validation_loss) if is_validated else None)
+        with whole_parameters(self.job.model):
+            self._say_saved(checkpoints.begin(state, self.job.model, self.job.optimizer))
+        if is_end:
+            self._say_saved(checkpoints.wait())
+
+    def _say_saved(self, path: Path | None) -> None:
+        if path is not None:
+            self.job.metrics.say(f"saved {path}")
 
 
 def _train_step(
@@ -207,8 +289,10 @@ def _train_step(
     job.optimizer.zero_grad()
     loss, count = _run_micro_batches(job, batch, forward_only=False)
     set_learning_rate(job.optimizer, learning_rate(job.schedule, step, config.max_steps), job.weight_decay)
-    totals = _sum_over_run(loss, count, batch, is_interrupted=interruption.signal_number is not None)
-    grad_norm = take_step(job.optimizer) if math.isfinite(totals.loss) else math.nan
+    with job.timer.part("communication"):
+        totals = _sum_over_run(loss, count, batch, is_interrupted=interruption.signal_number is not None)
+    with job.timer.part("optimizer"):
+        grad_norm = take_step(job.optimizer) if math.isfinite(totals.loss) else math.nan
     return totals, grad_norm
 
 
@@ -222,11 +306,9 @@ def _why_skipped(loss: float, grad_norm: float) -> str:
 
 def _note_skipped(config: LoopConfig, job: Job, step: int, reason: str, skipped_in_a_row: int) -> None:
     cells = [int(cell) for cell in job.train.cells()]
-    job.metrics.note(
-        {"step": step, "skipped": reason, "cells": cells},
-        f"step {step:>7,}  skipped, since {reason}; its cells are in {job.metrics.path.name}",
-    )
+    job.metrics.write({"step": step, "note": f"skipped, since {reason}", "cells": cells})
     if skipped_in_a_row > config.max_skipped_steps:
+        job.checkpoints.wait()  # one that was begun before is still of use
         shown = ", ".join(map(str, cells[:8])) + (", ..." if len(cells) > 8 else "")
         raise InputError(
             f"{reason} in step {step:,}, the {skipped_in_a_row}. skipped step in a row (cells {shown}; all are in "
@@ -277,6 +359,7 @@ def _sum_over_run(loss: float, count: float, batch: StepBatch, *, is_interrupted
             batch.num_cells * of_first_stage,
             batch.num_tokens * of_first_stage,
             batch.num_places * of_first_stage,
+            batch.flops * of_first_stage,
             float(is_interrupted),
         ],
         dtype=torch.float64,
@@ -300,77 +383,17 @@ def _validate(job: Job, step: int) -> float:
     return totals.loss
 
 
-def _run_state(config: LoopConfig, job: Job, step: int) -> RunState:
+def _run_state(config: LoopConfig, job: Job, step: int, validation_loss: float | None) -> RunState:
     return RunState(
         step=step,
         seed=config.seed,
         loader=job.train.state(),
         distributed_optimizer=job.model.ddp_config.use_distributed_optimizer,
         dtype=name_dtype(job.model.module.config.params_dtype),
+        validation_loss=validation_loss,
     )
-
-
-def _record(
-    config: LoopConfig, job: Job, step: int, totals: _Totals, grad_norm: float, clock: "_Clock"
-) -> dict[str, Any]:
-    seconds = clock.seconds()
-    return {
-        "step": step,
-        "loss": _finite(totals.loss),
-        "learning_rate": learning_rate(job.schedule, step, config.max_steps),
-        "grad_norm": _finite(grad_norm),
-        "real_tokens_per_second": clock.tokens / seconds,
-        "cells_per_second": clock.cells / seconds,
-        "real_token_fraction": clock.tokens / max(1.0, clock.places),
-        "data_wait_fraction": clock.waited / seconds,
-        "seconds_left": (config.max_steps - step) * seconds / clock.steps,
-    }
 
 
 def _finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-class _Clock:
-    """Time and work since the last line of metrics; validation and checkpoints are left out."""
-
-    def __init__(self) -> None:
-        self.start_over()
-
-    def start_over(self) -> None:
-        self.start = time.perf_counter()
-        self.paused = self.waited = self.cells = self.tokens = self.places = 0.0
-        self.steps = 0
-
-    def wait_for(self, stream: BatchStream) -> StepBatch:
-        start = time.perf_counter()
-        batch = next(stream)
-        self.waited += time.perf_counter() - start
-        return batch
-
-    def count(self, totals: _Totals) -> None:
-        self.cells += totals.cells
-        self.tokens += totals.tokens
-        self.places += totals.places
-        self.steps += 1
-
-    def seconds(self) -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter() - self.start - self.paused
-
-    def pause(self) -> "_Pause":
-        return _Pause(self)
-
-
-class _Pause:
-    """Leaves the time inside a `with` out of a clock."""
-
-    def __init__(self, clock: _Clock) -> None:
-        self.clock = clock
-
-    def __enter__(self) -> None:
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *unused: object) -> None:
-        self.clock.paused += time.perf_counter() - self.begin

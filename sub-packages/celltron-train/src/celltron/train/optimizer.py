@@ -38,7 +38,12 @@ class OptimizerConfig:
 
 
 def wrap_model(
-    model: MegatronModule, config: OptimizerConfig, *, dtype: torch.dtype, distributed_optimizer: bool
+    model: MegatronModule,
+    config: OptimizerConfig,
+    *,
+    dtype: torch.dtype,
+    distributed_optimizer: bool,
+    overlap: bool = False,
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """Wrap a model for data parallelism and make its optimizer.
 
@@ -50,12 +55,15 @@ def wrap_model(
         config: AdamW's settings.
         dtype: Of the parameters; with bfloat16 the optimizer keeps float32 copies.
         distributed_optimizer: Whether data-parallel ranks split the optimizer's state.
+        overlap: Whether gradients are reduced, and split parameters gathered, while computing goes on.
     """
     wrapped = DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=dtype is torch.bfloat16,
             use_distributed_optimizer=distributed_optimizer,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap and distributed_optimizer,
         ),
         module=model,
     )
@@ -72,6 +80,7 @@ def wrap_model(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed_optimizer,
+        overlap_param_gather=overlap and distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(
         optimizer_config, [wrapped], config_overrides=get_standard_config_overrides(optimizer_config)

@@ -8,6 +8,7 @@ PyTorch's restricted unpickler unless the environment says otherwise, is tried w
 
 import io
 import pickle
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,14 @@ _ALLOWED = {
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Resolves only the names that an index of tensors needs."""
+    """Resolves only the names that an index of tensors needs, and those of `also_allowed`: (module, name)."""
+
+    def __init__(self, content: bytes, also_allowed: Set[tuple[str, str]]) -> None:
+        super().__init__(io.BytesIO(content))
+        self.allowed = _ALLOWED | also_allowed
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+        if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
 
@@ -54,24 +59,33 @@ def check_torch_dist(folder: Path) -> None:
             outside the folder.
     """
     _check_common(folder / "common.pt")
-    index_path = folder / ".metadata"
+    read_index(folder)
+
+
+def read_index(folder: Path, *, also_allowed: Set[tuple[str, str]] = frozenset()) -> Metadata:
+    """Read the index of a `torch_dist` folder, which may come from anywhere, and run nothing of it.
+
+    Args:
+        folder: The folder.
+        also_allowed: Module and name of what may stand in the index besides tensors; it is only put together.
+
+    Raises:
+        InputError: the index is missing, unreadable, names foreign objects, or points outside the folder.
+    """
+    path = folder / ".metadata"
     try:
-        names = _read_file_names(index_path)
+        index = _IndexUnpickler(path.read_bytes(), also_allowed).load()
+        if not isinstance(index, Metadata):
+            raise TypeError(f"it holds a {type(index).__name__}")
+        names = {str(info.relative_path) for info in index.storage_data.values()}
     except FileNotFoundError:
         raise InputError(f"{folder} has no .metadata, which lists its tensors; use another checkpoint") from None
     except Exception as error:  # an unpickler meets damaged bytes with any kind of exception
-        raise InputError(f"{index_path} is no index of tensors ({error}); do not use this checkpoint") from None
+        raise InputError(f"{path} is no index of tensors ({error}); do not use this checkpoint") from None
     for name in sorted(names):
         if Path(name).name != name or not (folder / name).is_file():
-            raise InputError(f"{index_path} points to {name!r}, which is no file of its folder; use another checkpoint")
-
-
-def _read_file_names(index_path: Path) -> set[str]:
-    """The files that an index says its tensors lie in."""
-    index = _IndexUnpickler(io.BytesIO(index_path.read_bytes())).load()
-    if not isinstance(index, Metadata):
-        raise TypeError(f"it holds a {type(index).__name__}")
-    return {str(info.relative_path) for info in index.storage_data.values()}
+            raise InputError(f"{path} points to {name!r}, which is no file of its folder; use another checkpoint")
+    return index
 
 
 def _check_common(path: Path) -> None:

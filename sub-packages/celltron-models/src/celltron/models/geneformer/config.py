@@ -1,12 +1,16 @@
 """Geneformer's shape and regularisation."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneformerConfig:
-    """Geneformer (Theodoris et al. 2023): the post-norm BERT that Hugging Face calls `BertForMaskedLM`."""
+    """Geneformer (Theodoris et al. 2023), the BERT that Hugging Face calls `BertForMaskedLM`, or a variant of it."""
 
+    variant: Literal["post_norm", "pre_norm", "pre_norm_erf"] = "post_norm"
+    """`post_norm` is Geneformer as published; `pre_norm` is BioNeMo's: norms before the branches and after the last
+    layer, GELU in its tanh form, no norm and no token types in the embedding; `pre_norm_erf` has the exact GELU."""
     num_layers: int = 6
     """Transformer layers."""
     hidden_size: int = 256
@@ -48,6 +52,11 @@ class GeneformerConfig:
             )
         if self.vocabulary_multiple < 1:
             raise ValueError(f"model.vocabulary_multiple is {self.vocabulary_multiple}, but must be at least 1")
+
+    @property
+    def is_pre_norm(self) -> bool:
+        """Whether norms stand before the branches."""
+        return self.variant != "post_norm"
 
     def check_layout(self, *, tensor_parallel: int, pipeline_parallel: int) -> None:
         """Raise ValueError where this shape cannot be cut into the given numbers of parts."""

@@ -1,14 +1,16 @@
-"""Geneformer as a stock Hugging Face `BertForMaskedLM` folder: export and import, exact to the bit.
+"""Geneformer as a Hugging Face folder: export and import, exact to the bit.
 
     model.safetensors, config.json   what `transformers.AutoModelForMaskedLM` loads; no code of celltron is needed
+    modeling_geneformer_prenorm.py   of a pre-norm model alone: its code for `transformers`
     token_dictionary.json            token to id
     gene_median_dictionary.json      gene to the median that its values are divided by
     tokenization.json                the longest cell, and how counts become tokens
     README.md                        the model card
     manifest.json                    checksums
 
-The folder is JSON and safetensors, so `transformers` itself is not needed here. Pickle (`pytorch_model.bin`) is never
-read.
+The post-norm model is a stock `BertForMaskedLM`, and only such folders are imported; the pre-norm one brings its own
+modelling file. The folder is JSON and safetensors, so `transformers` itself is not needed here. Pickle
+(`pytorch_model.bin`) is never read.
 """
 
 import json
@@ -16,7 +18,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,51 +25,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from celltron.core import InputError, MedianTable, Vocabulary, write_artefact
-from celltron.models.geneformer import bert_folder
+from celltron.core import CLS, EOS, InputError, Vocabulary, write_artefact
+from celltron.models.geneformer import bert_folder, prenorm_folder
 from celltron.models.geneformer.bert_tensors import from_bert_tensors, to_bert_tensors
 from celltron.models.geneformer.config import GeneformerConfig
-from celltron.models.geneformer.model import Geneformer
 from celltron.models.geneformer.model_card import CARD_NAME, describe_model
+from celltron.models.geneformer.whole import WholeGeneformer
 
 HUGGINGFACE_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class WholeGeneformer:
-    """A Geneformer that is not cut for any layout, with what its tokens mean."""
-
-    config: GeneformerConfig
-    """The model's shape."""
-    num_tokens: int
-    """Tokens of its vocabulary, padding rows not counted."""
-    parameters: dict[str, torch.Tensor]
-    """By the names that they have in `Geneformer` on one process."""
-    vocabulary: Vocabulary | None = None
-    """The tokens; None where the source does not tell them."""
-    medians: MedianTable | None = None
-    """The genes' medians; None where the source does not tell them."""
-    max_length: int
-    """Longest cell, in tokens."""
-    unused_tensors: tuple[str, ...] = ()
-    """What the source holds besides and has no place here, such as a pooler."""
-
-
-def take_parameters(model: Geneformer) -> dict[str, torch.Tensor]:
-    """The parameters of a model that one process holds whole, by name; they share its memory."""
-    num_parts = model.config.tensor_model_parallel_size * model.config.pipeline_model_parallel_size
-    assert num_parts == 1, f"the model is cut into {num_parts} parts, wanted 1"
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-@torch.no_grad()
-def put_parameters(model: Geneformer, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Copy parameters into a model that one process holds whole, rounding them to its dtype."""
-    own = take_parameters(model)
-    assert own.keys() == parameters.keys(), sorted(own.keys() ^ parameters.keys())
-    for name, parameter in own.items():
-        assert parameter.shape == parameters[name].shape, (name, parameter.shape, parameters[name].shape)
-        parameter.copy_(parameters[name])
 
 
 def to_huggingface(
@@ -100,26 +64,20 @@ def to_huggingface(
             f"the vocabulary for {folder} has {len(vocabulary)} tokens, but the model {whole.num_tokens}; give the "
             "vocabulary that the model was trained with"
         )
+    to_tensors = prenorm_folder.to_prenorm_tensors if whole.config.is_pre_norm else to_bert_tensors
     tensors = {
         name: tensor.to("cpu", dtype)
-        for name, tensor in to_bert_tensors(whole.config, whole.parameters, whole.num_tokens).items()
+        for name, tensor in to_tensors(whole.config, whole.parameters, whole.num_tokens).items()
     }
-    texts = {
-        bert_folder.CONFIG_NAME: _to_json(_make_bert_config(whole.config, vocabulary, dtype)),
-        bert_folder.TOKENS_NAME: _to_json({token: place for place, token in enumerate(vocabulary.tokens)}),
-        bert_folder.TOKENIZATION_NAME: _to_json(_describe_tokenization(vocabulary, whole.max_length)),
-        CARD_NAME: describe_model(
-            whole.config,
-            vocabulary,
-            whole.medians,
-            max_length=whole.max_length,
-            num_parameters=sum(tensor.numel() for tensor in tensors.values()),
-            facts=facts or {},
-        ),
-    }
-    if whole.medians is not None:
-        medians = zip(whole.medians.genes, whole.medians.values.tolist(), strict=True)
-        texts[bert_folder.MEDIANS_NAME] = _to_json(dict(medians))
+    texts = _make_texts(whole, vocabulary, dtype)
+    texts[CARD_NAME] = describe_model(
+        whole.config,
+        vocabulary,
+        whole.medians,
+        max_length=whole.max_length,
+        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+        facts=facts or {},
+    )
     with write_artefact(
         folder, format=bert_folder.HUGGINGFACE_FORMAT, version=HUGGINGFACE_VERSION, replace=replace
     ) as writer:
@@ -169,10 +127,25 @@ def from_huggingface(
     )
 
 
-def _make_bert_config(config: GeneformerConfig, vocabulary: Vocabulary, dtype: torch.dtype) -> dict[str, Any]:
+def _make_texts(whole: WholeGeneformer, vocabulary: Vocabulary, dtype: torch.dtype) -> dict[str, str]:
+    """Every file by name, but the tensors and the model card."""
+    texts = {
+        bert_folder.CONFIG_NAME: _to_json(_make_config(whole.config, vocabulary, dtype)),
+        bert_folder.TOKENS_NAME: _to_json({token: place for place, token in enumerate(vocabulary.tokens)}),
+        bert_folder.TOKENIZATION_NAME: _to_json(_describe_tokenization(vocabulary, whole.max_length)),
+    }
+    if whole.config.is_pre_norm:
+        texts[prenorm_folder.MODELING_NAME] = prenorm_folder.read_modeling_file()
+    if whole.medians is not None:
+        medians = zip(whole.medians.genes, whole.medians.values.tolist(), strict=True)
+        texts[bert_folder.MEDIANS_NAME] = _to_json(dict(medians))
+    return texts
+
+
+def _make_config(config: GeneformerConfig, vocabulary: Vocabulary, dtype: torch.dtype) -> dict[str, Any]:
+    is_bert = {"architectures": ["BertForMaskedLM"], **bert_folder.ARCHITECTURE}
     return {
-        "architectures": ["BertForMaskedLM"],
-        **bert_folder.ARCHITECTURE,
+        **(prenorm_folder.describe_architecture(config) if config.is_pre_norm else is_bert),
         "dtype": str(dtype).removeprefix("torch."),
         "pad_token_id": vocabulary.pad_id,
         "vocab_size": len(vocabulary),
@@ -186,7 +159,8 @@ def _describe_tokenization(vocabulary: Vocabulary, max_length: int) -> dict[str,
         "value": "count / sum of the cell's counts * 10000 / median of the gene",
         "order": "descending by value, ties ascending by token id; genes without token or median are left out",
         "max_length": max_length,
-        "framed_by_cls_and_eos": vocabulary.cls_id is not None and vocabulary.eos_id is not None,
+        "first_token": None if vocabulary.cls_id is None else CLS,
+        "last_token": None if vocabulary.eos_id is None else EOS,
     }
 
 

@@ -5,6 +5,8 @@ tensor-parallel rank's part.
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -21,10 +23,16 @@ from celltron.models.layers.head import BertHeadTransform
 from celltron.models.layers.initialise import initialise
 from celltron.models.layers.packing import PackedCells
 from celltron.models.layers.post_norm import post_norm_torch_spec
+from celltron.models.layers.pre_norm import gelu_tanh, pre_norm_torch_spec
 
 NUM_TOKEN_TYPES = 2
 # The output bias of rows that only pad the vocabulary: exp() of it is 0 in every precision, so they take no part.
 PADDING_ROW_BIAS = -10_000.0
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "post_norm": torch.nn.functional.relu,
+    "pre_norm": gelu_tanh,
+    "pre_norm_erf": torch.nn.functional.gelu,
+}
 
 
 class Geneformer(LanguageModule):
@@ -57,19 +65,22 @@ class Geneformer(LanguageModule):
                 transformer_config,
                 num_tokens=padded_tokens,
                 max_positions=config.max_positions,
-                num_token_types=NUM_TOKEN_TYPES,
+                num_token_types=0 if config.is_pre_norm else NUM_TOKEN_TYPES,
+                has_norm=not config.is_pre_norm,
                 groups=groups,
             )
         self.encoder = TransformerBlock(
             transformer_config,
-            post_norm_torch_spec(),
-            post_layer_norm=False,
+            pre_norm_torch_spec(transformer_config) if config.is_pre_norm else post_norm_torch_spec(),
+            post_layer_norm=config.is_pre_norm,
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,
         )
         if self.post_process:
-            self.head = BertHeadTransform(transformer_config)
+            # BioNeMo's head has the exact GELU whatever its layers have.
+            activation = _ACTIVATIONS["pre_norm_erf" if config.is_pre_norm else "post_norm"]
+            self.head = BertHeadTransform(transformer_config, activation=activation)
             self.output_layer = ColumnParallelLinear(
                 transformer_config.hidden_size,
                 padded_tokens,
@@ -106,14 +117,21 @@ class Geneformer(LanguageModule):
             On the last stage the logits of this rank's part of the vocabulary, [M, V_local]; on others the hidden
             states [S, B, D] for the next.
         """
+        hidden_SBD = self.hidden_states(tokens_BS, is_padding_BS, packed=packed)
+        if not self.post_process:
+            return hidden_SBD
+        return self._logits(hidden_SBD, places_M)
+
+    def hidden_states(
+        self, tokens_BS: torch.Tensor, is_padding_BS: torch.Tensor | None = None, *, packed: PackedCells | None = None
+    ) -> torch.Tensor:
+        """The output of this stage's layers, [S, B, D], or this rank's part of S under sequence parallelism."""
         places_T = None if packed is None else packed.places_T
         embedded_SBD = self.embedding(tokens_BS, places_T) if self.pre_process else None
         hidden_SBD: torch.Tensor = self.encoder(
             hidden_states=embedded_SBD, attention_mask=_attention_mask(is_padding_BS), packed_seq_params=packed
         )
-        if not self.post_process:
-            return hidden_SBD
-        return self._logits(hidden_SBD, places_M)
+        return hidden_SBD
 
     def _logits(self, hidden_SBD: torch.Tensor, places_M: torch.Tensor | None) -> torch.Tensor:
         if self.config.sequence_parallel:
@@ -153,9 +171,16 @@ def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
 
 
 def make_transformer_config(
-    config: GeneformerConfig, *, dtype: torch.dtype, sequence_parallel: bool
+    config: GeneformerConfig, *, dtype: torch.dtype, sequence_parallel: bool, **settings: Any
 ) -> TransformerConfig:
-    """Translate the shape for Megatron, on the layout that its parallel state has been set up with."""
+    """Translate the shape for Megatron, on the layout that its parallel state has been set up with.
+
+    Args:
+        config: The model's shape.
+        dtype: Of parameters and activations.
+        sequence_parallel: Whether activations are split along the sequence between tensor-parallel ranks.
+        **settings: Of Megatron's own, such as those of recomputing activations.
+    """
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -164,7 +189,7 @@ def make_transformer_config(
         hidden_dropout=config.hidden_dropout,
         attention_dropout=config.attention_dropout,
         layernorm_epsilon=config.norm_epsilon,
-        activation_func=torch.nn.functional.relu,
+        activation_func=_ACTIVATIONS[config.variant],
         # Megatron marks a tensor-parallel weight as such where it initialises it; `initialise` then sets the values.
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,
@@ -186,11 +211,18 @@ def make_transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **settings,
     )
 
 
 def build_geneformer(
-    config: GeneformerConfig, *, num_tokens: int, dtype: torch.dtype, sequence_parallel: bool, seed: int
+    config: GeneformerConfig,
+    *,
+    num_tokens: int,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    seed: int,
+    **settings: Any,
 ) -> Geneformer:
     """Build this rank's part of the model with its initial weights.
 
@@ -200,16 +232,30 @@ def build_geneformer(
         dtype: Of parameters and activations.
         sequence_parallel: Whether activations are split along the sequence between tensor-parallel ranks.
         seed: Of the initial weights, which do not depend on the layout.
+        **settings: Of Megatron's `TransformerConfig`, such as those of recomputing activations.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    transformer_config = make_transformer_config(config, dtype=dtype, sequence_parallel=sequence_parallel)
+    transformer_config = make_transformer_config(config, dtype=dtype, sequence_parallel=sequence_parallel, **settings)
     model = Geneformer(config, transformer_config, num_tokens=num_tokens, groups=groups)
     initialise(
         model, seed=seed, standard_deviation=config.initial_standard_deviation, num_tokens=num_tokens
     )
+    if config.is_pre_norm:
+        _scale_branches(model)
     if model.post_process:
         silence_padding_rows(model)
     return model
+
+
+@torch.no_grad()
+def _scale_branches(model: Geneformer) -> None:
+    """Divide the initial weights that end a branch by sqrt(2 L), L layers, so that sums do not grow with the depth.
+
+    Source: Shoeybi et al. 2019, doi:10.48550/arXiv.1909.08053, section 5.
+    """
+    for layer in model.encoder.layers:
+        for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+            linear.weight.mul_((2 * model.config.num_layers) ** -0.5)
 
 
 @torch.no_grad()

@@ -15,19 +15,17 @@ tags:
 - biology
 - single-cell
 - geneformer
-- bert
+- {tag}
 ---
 
 # Geneformer, exported from celltron
 
-A Geneformer (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9): a post-norm BERT that reads a cell as its genes in
-falling order of expression and predicts the genes that are masked. It is a stock `BertForMaskedLM`; no other code is
-needed to run it.
+{kind}
 
 ```python
 from transformers import AutoModelForMaskedLM
 
-model = AutoModelForMaskedLM.from_pretrained("path/to/this/folder")
+model = AutoModelForMaskedLM.from_pretrained("path/to/this/folder"{trust})
 ```
 
 | | |
@@ -46,16 +44,7 @@ count 0 are left out. Shorter cells are filled with `{pad}` (id {pad_id}), which
 `{mask}` (id {mask_id}) stands for a gene to predict. With celltron:
 
 ```python
-from pathlib import Path
-
-from celltron.cells import CellStore, RankTokenizer, convert
-from celltron.models.geneformer import from_huggingface
-
-model = from_huggingface(Path("path/to/this/folder"))
-convert(["cells.h5ad"], "cells.store")
-store = CellStore.open("cells.store")
-tokenizer = RankTokenizer(model.vocabulary, model.medians, store.gene_ids, max_length=model.max_length)
-tokens, lengths = tokenizer.tokenize(store, [0, 1, 2])
+{tokenize}
 ```
 
 ## Training
@@ -67,6 +56,53 @@ tokens, lengths = tokenizer.tokenize(store, [0, 1, 2])
 Not stated by the export. Whoever publishes this model chooses a licence that fits the cells it was trained on, names
 it here, and adds `license:` to the head of this file.
 """
+
+
+_POST_NORM = {
+    "tag": "bert",
+    "kind": """\
+A Geneformer (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9): a post-norm BERT that reads a cell as its genes in
+falling order of expression and predicts the genes that are masked. It is a stock `BertForMaskedLM`; no other code is
+needed to run it.""",
+    "trust": "",
+    "tokenize": """\
+from pathlib import Path
+
+from celltron.cells import CellStore, RankTokenizer, convert
+from celltron.models.geneformer import from_huggingface
+
+model = from_huggingface(Path("path/to/this/folder"))
+convert(["cells.h5ad"], "cells.store")
+store = CellStore.open("cells.store")
+tokenizer = RankTokenizer(model.vocabulary, model.medians, store.gene_ids, max_length=model.max_length)
+tokens, lengths = tokenizer.tokenize(store, [0, 1, 2])""",
+}
+_PRE_NORM = {
+    "tag": "custom_code",
+    "kind": """\
+The pre-norm variant of Geneformer that NVIDIA's BioNeMo trained: a BERT that reads a cell as its genes in falling order
+of expression and predicts the genes that are masked. It differs from the Geneformer of Theodoris et al. 2023
+(doi:10.1038/s41586-023-06139-9), which is post-norm with ReLU, so no `BertForMaskedLM` can hold it;
+`modeling_geneformer_prenorm.py` in this folder is the model.""",
+    "trust": ", trust_remote_code=True",
+    "tokenize": """\
+import json
+from pathlib import Path
+
+from celltron.cells import CellStore, RankTokenizer, convert
+from celltron.core import MedianTable, Vocabulary
+
+folder = Path("path/to/this/folder")
+ids = json.loads((folder / "token_dictionary.json").read_text())
+medians = json.loads((folder / "gene_median_dictionary.json").read_text())
+max_length = json.loads((folder / "tokenization.json").read_text())["max_length"]
+vocabulary, medians = Vocabulary(sorted(ids, key=ids.get)), MedianTable(list(medians), list(medians.values()))
+convert(["cells.h5ad"], "cells.store")
+store = CellStore.open("cells.store")
+tokenizer = RankTokenizer(vocabulary, medians, store.gene_ids, max_length=max_length)
+tokens, lengths = tokenizer.tokenize(store, [0, 1, 2])""",
+}
+_ACTIVATIONS = {"post_norm": "ReLU", "pre_norm": "GELU (tanh)", "pre_norm_erf": "GELU"}
 
 
 def describe_model(
@@ -88,7 +124,6 @@ def describe_model(
         num_parameters: Trained numbers.
         facts: What to say of the training run: name to value.
     """
-    is_framed = vocabulary.cls_id is not None and vocabulary.eos_id is not None
     shape = {
         "layers": config.num_layers,
         "width": config.hidden_size,
@@ -97,13 +132,20 @@ def describe_model(
         "parameters": num_parameters,
         "longest cell, in tokens": max_length,
         "vocabulary": f"{len(vocabulary.genes):,} genes and {', '.join(f'`{name}`' for name in _specials(vocabulary))}",
-        "activation, layer norm": f"ReLU, post-norm, epsilon {config.norm_epsilon}",
+        "activation, layer norm": f"{_ACTIVATIONS[config.variant]}, "
+        f"{'pre' if config.is_pre_norm else 'post'}-norm, epsilon {config.norm_epsilon}",
     }
+    frame = [
+        f"`{token}` {place}"
+        for token, place in ((CLS, "before"), (EOS, "after"))
+        if token in vocabulary.tokens[: vocabulary.first_gene_id]
+    ]
     return _CARD.format(
+        **(_PRE_NORM if config.is_pre_norm else _POST_NORM),
         shape=_rows(shape),
         medians="(`gene_median_dictionary.json`)" if medians is not None else "(not known to this export)",
-        num_genes=max_length - 2 if is_framed else max_length,
-        frame=f", and put `{CLS}` before and `{EOS}` after them" if is_framed else "",
+        num_genes=max_length - len(frame),
+        frame=f", and put {' and '.join(frame)} them" if frame else "",
         pad=PAD,
         pad_id=vocabulary.pad_id,
         mask=MASK,

@@ -16,11 +16,14 @@ from celltron.models.layers.norm import LayerNorm
 class BertEmbedding(MegatronModule):
     """dropout(norm(token + position + token type)), token type 0 everywhere (Devlin et al. 2019, section 3).
 
+    Of a pre-norm model it is dropout(token + position).
+
     Args:
         config: Width, dropout, dtype and sequence parallelism.
         num_tokens: V, a multiple of the tensor-parallel size.
         max_positions: The longest cell, in places.
-        num_token_types: Rows of the token-type table; only the first is used.
+        num_token_types: Rows of the token-type table, of which only the first is used; 0 makes none.
+        has_norm: Whether the sum is normalised.
         groups: The tensor-parallel group.
     """
 
@@ -31,6 +34,7 @@ class BertEmbedding(MegatronModule):
         num_tokens: int,
         max_positions: int,
         num_token_types: int,
+        has_norm: bool = True,
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
@@ -44,8 +48,12 @@ class BertEmbedding(MegatronModule):
             tp_group=groups.tp,
         )
         self.position_embeddings = torch.nn.Embedding(max_positions, config.hidden_size, **placement)
-        self.token_type_embeddings = torch.nn.Embedding(num_token_types, config.hidden_size, **placement)
-        self.norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.token_type_embeddings = (
+            torch.nn.Embedding(num_token_types, config.hidden_size, **placement) if num_token_types else None
+        )
+        self.norm = (
+            LayerNorm(config, config.hidden_size, config.layernorm_epsilon) if has_norm else torch.nn.Identity()
+        )
         self.dropout = torch.nn.Dropout(config.hidden_dropout)
 
     def forward(self, tokens_BS: torch.Tensor, places_S: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,11 +63,9 @@ class BertEmbedding(MegatronModule):
         """
         if places_S is None:
             places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        embedded_BSD = (
-            self.word_embeddings(tokens_BS)
-            + self.position_embeddings(places_S)
-            + self.token_type_embeddings.weight[0]
-        )
+        embedded_BSD = self.word_embeddings(tokens_BS) + self.position_embeddings(places_S)
+        if self.token_type_embeddings is not None:
+            embedded_BSD = embedded_BSD + self.token_type_embeddings.weight[0]
         embedded_SBD: torch.Tensor = embedded_BSD.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             embedded_SBD = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBD, group=self.groups.tp)

@@ -1,0 +1,1 @@
+"""What several recipes and the command line share; no programs."""

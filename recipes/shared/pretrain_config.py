@@ -1,0 +1,92 @@
+"""The settings of a Geneformer pretraining run, and its command line's flags."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from celltron.cells.corpus import DataConfig
+from celltron.models.geneformer import GeneformerConfig
+from celltron.train.engine import EngineConfig
+from celltron.train.loop import LoopConfig
+from celltron.train.optimizer import OptimizerConfig
+from celltron.train.parallel import ParallelConfig
+from celltron.train.precision import Precision
+from celltron.train.report import ReportConfig
+from celltron.train.schedule import ScheduleConfig
+from celltron.train.spike import SpikeConfig
+
+FLAGS = {
+    "--data": "data.paths",
+    "--layer": "data.convert.layer",
+    "--use-raw": "data.convert.use_raw",
+    "--species": "data.convert.species",
+    "--gene-id-column": "data.convert.gene_id_column",
+    "--allow-floats": "data.convert.allow_floats",
+    "--out": "out",
+    "--resume": "resume",
+    "--device": "device",
+    "--precision": "precision",
+    "--seq-length": "data.max_length",
+    "--micro-batch-size": "loop.micro_batch_size",
+    "--global-batch-size": "loop.global_batch_size",
+    "--max-steps": "loop.max_steps",
+    "--seed": "loop.seed",
+    "--lr": "schedule.learning_rate",
+    "--warmup-steps": "schedule.warmup_steps",
+    "--tensor-parallel": "parallel.tensor",
+    "--pipeline-parallel": "parallel.pipeline",
+    "--sequence-parallel": "parallel.sequence_parallel",
+    "--distributed-optimizer": "parallel.distributed_optimizer",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A Geneformer pretraining run."""
+
+    out: str = ""
+    """The run's folder; must be new, unless the run is resumed."""
+    resume: str = ""
+    """Empty starts anew; `auto` continues from the run's newest complete checkpoint, or starts anew where it has none;
+    else the checkpoint folder to continue from."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where PyTorch sees one."""
+    precision: Precision = "fp32"
+    """Of parameters and activations; bf16 keeps float32 copies in the optimizer, fp64 is for proofs on a CPU."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Cells and tokens."""
+    model: GeneformerConfig = field(default_factory=GeneformerConfig)
+    """The model's shape."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes divide the work."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """What is kept in memory, and what runs beside what."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Steps, batches, intervals."""
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """Where metrics are shown."""
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    """Which losses are noted as far above those before."""
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("out is empty; name a folder for the run, such as --out runs/first")
+        if not self.data.paths:
+            raise ValueError("data.paths is empty; name a store or .h5ad files, such as --data cells.h5ad")
+        longest = -(-self.data.max_length // self.padding_multiple) * self.padding_multiple
+        if longest > self.model.max_positions:
+            padded = f" (padded to {longest})" if longest > self.data.max_length else ""
+            raise ValueError(
+                f"data.max_length is {self.data.max_length}{padded}, longer than model.max_positions "
+                f"({self.model.max_positions}); lower the one or raise the other"
+            )
+        self.schedule.check_length(self.loop.max_steps)
+        self.model.check_layout(tensor_parallel=self.parallel.tensor, pipeline_parallel=self.parallel.pipeline)
+
+    @property
+    def padding_multiple(self) -> int:
+        """What the padded length of a micro-batch is a multiple of: sequence parallelism cuts it into equal parts."""
+        return self.parallel.tensor if self.parallel.sequence_parallel else 1

@@ -1,0 +1,86 @@
+"""The layouts that a number of GPUs allows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from celltron.train.parallel import ParallelConfig
+from celltron.train.plan.gpus import GPUS_PER_NODE
+
+Group = Literal["tensor", "pipeline", "data", "embedding"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How processes, one a GPU, divide the work: tensor x pipeline x data of them."""
+
+    parallel: ParallelConfig
+    """The degrees that a run is given."""
+    data: int
+    """Copies of the model."""
+
+    @property
+    def num_gpus(self) -> int:
+        """All processes."""
+        return self.parallel.tensor * self.parallel.pipeline * self.data
+
+    def group_size(self, group: Group) -> int:
+        """Processes of a group; the embedding's are the first stage and the last."""
+        return {
+            "tensor": self.parallel.tensor,
+            "pipeline": self.parallel.pipeline,
+            "data": self.data,
+            "embedding": min(2, self.parallel.pipeline),
+        }[group]
+
+    def group_stride(self, group: Group) -> int:
+        """From one rank of a group to its next: Megatron counts tensor ranks first, then data, then stages."""
+        tensor, replicas = self.parallel.tensor, self.parallel.tensor * self.data
+        stages_apart = max(1, self.parallel.pipeline - 1)
+        return {"tensor": 1, "data": tensor, "pipeline": replicas, "embedding": replicas * stages_apart}[group]
+
+    def members_per_node(self, group: Group) -> int:
+        """Processes of a group on one machine; all of them where it lies within one.
+
+        >>> layout = Layout(parallel=ParallelConfig(tensor=2), data=16)
+        >>> [layout.members_per_node(group) for group in ("tensor", "data")]
+        [2, 4]
+        """
+        if self.num_gpus <= GPUS_PER_NODE:
+            return self.group_size(group)
+        return max(1, min(self.group_size(group), GPUS_PER_NODE // self.group_stride(group)))
+
+    def spans_nodes(self, group: Group) -> bool:
+        """Whether a group is on more than one machine."""
+        return self.members_per_node(group) < self.group_size(group)
+
+
+def list_layouts(num_gpus: int) -> Iterator[Layout]:
+    """Every way to give out `num_gpus`, whatever the model.
+
+    Tensor-parallel processes share a machine, for they exchange activations several times a layer (Narayanan et al.
+    2021, doi:10.1145/3458817.3476209, section 3.2, takeaway 1).
+    """
+    for tensor in _divisors(num_gpus):
+        if tensor > GPUS_PER_NODE:
+            break
+        for pipeline in _divisors(num_gpus // tensor):
+            data = num_gpus // tensor // pipeline
+            for sequence_parallel in (False, True)[: 2 if tensor > 1 else 1]:
+                for distributed_optimizer in (False, True)[: 2 if data > 1 else 1]:
+                    parallel = ParallelConfig(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        sequence_parallel=sequence_parallel,
+                        distributed_optimizer=distributed_optimizer,
+                    )
+                    yield Layout(parallel=parallel, data=data)
+
+
+def _divisors(number: int) -> list[int]:
+    """Rising.
+
+    >>> _divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,0 +1,79 @@
+"""Bytes and seconds of exchanges, against what the papers give; `tests/plan` holds them against counted bytes."""
+
+from dataclasses import replace
+
+import pytest
+
+from celltron.train.parallel import ParallelConfig
+from celltron.train.plan.communication import LINK_SHARE, NETWORK_SECONDS, Exchange, Stage, list_exchanges
+from celltron.train.plan.gpus import GPUS
+from celltron.train.plan.layouts import Layout
+
+HIDDEN = 1000.0
+MIDDLE = Stage(
+    is_first=False,
+    is_last=False,
+    num_layers=3,
+    num_recomputed_layers=0,
+    num_parameters=50.0,
+    num_split_parameters=0.0,
+    num_embedding_parameters=0.0,
+    value_bytes=2,
+    gradient_bytes=4,
+    num_micro_batches=5,
+    hidden_bytes=HIDDEN,
+    predicted_bytes=0.0,
+    num_predicted=0.0,
+)
+
+
+def sent(stage: Stage, layout: Layout) -> dict[tuple[str, str], float]:
+    return {(one.group, one.kind): one.sent_bytes(layout) for one in list_exchanges(stage, layout)}
+
+
+def test_sequence_parallelism_sends_as_much_and_what_it_gathers_again() -> None:
+    """Korthikanti et al. 2022, section 4.2.2: a reduce-scatter and an all-gather are an all-reduce."""
+    plain = Layout(parallel=ParallelConfig(tensor=4), data=1)
+    cut = Layout(parallel=ParallelConfig(tensor=4, sequence_parallel=True), data=1)
+    of_sum = 2 * 3 / 4 * HIDDEN
+    assert sent(MIDDLE, plain) == {("tensor", "all_reduce"): 3 * 4 * of_sum}
+    gathered_again = 3 * 2 * of_sum / 2
+    assert sum(sent(MIDDLE, cut).values()) == 3 * 4 * of_sum + gathered_again
+
+
+def test_full_recomputation_repeats_the_forward_sums() -> None:
+    layout = Layout(parallel=ParallelConfig(tensor=2), data=1)
+    again = sent(replace(MIDDLE, num_recomputed_layers=3), layout)
+    assert again["tensor", "all_reduce"] == pytest.approx(6 / 4 * sent(MIDDLE, layout)["tensor", "all_reduce"])
+
+
+def test_the_distributed_optimizer_sends_gradients_once_and_narrow_parameters() -> None:
+    """Rajbhandari et al. 2020, section 7.1: an all-reduce is a reduce-scatter and an all-gather, here in two types."""
+    whole, split = (
+        Layout(parallel=ParallelConfig(distributed_optimizer=is_split), data=5) for is_split in (False, True)
+    )
+    assert sent(MIDDLE, whole) == {("data", "all_reduce"): 2 * 4 / 5 * 50 * 4}
+    assert sent(MIDDLE, split) == {("data", "reduce_scatter"): 4 / 5 * 50 * 4, ("data", "all_gather"): 4 / 5 * 50 * 2}
+
+
+def test_a_stage_in_the_middle_sends_both_ways() -> None:
+    layout = Layout(parallel=ParallelConfig(pipeline=3), data=1)
+    shapes = 5 * 24
+    assert sent(MIDDLE, layout) == {("pipeline", "send"): 2 * (HIDDEN + shapes)}
+    first = sent(replace(MIDDLE, is_first=True, num_embedding_parameters=7.0), layout)
+    assert first == {("pipeline", "send"): HIDDEN + shapes, ("embedding", "all_reduce"): 7 * 4}
+
+
+def test_one_process_exchanges_nothing() -> None:
+    assert list_exchanges(replace(MIDDLE, is_first=True, is_last=True), Layout(parallel=ParallelConfig(), data=1)) == []
+
+
+def test_the_network_is_shared_by_a_machines_members_of_a_group() -> None:
+    """Eight replicas a machine have eight adapters for their ring, up to what NVLink carries; one has one."""
+    gpu, gradients = GPUS["h100"], Exchange("data", "all_reduce", 1, 1e9)
+    alone = Layout(parallel=ParallelConfig(tensor=8), data=2)
+    assert gradients.seconds(alone, gpu) == pytest.approx(NETWORK_SECONDS + 1e9 / (LINK_SHARE * 50e9))
+    eight = Layout(parallel=ParallelConfig(), data=16)
+    assert gradients.seconds(eight, gpu) == pytest.approx(NETWORK_SECONDS + 2 * 15 / 16 * 1e9 / (LINK_SHARE * 400e9))
+    inside = Layout(parallel=ParallelConfig(), data=8)
+    assert gradients.seconds(inside, gpu) == pytest.approx(10e-6 + 2 * 7 / 8 * 1e9 / (LINK_SHARE * 450e9))

@@ -1,0 +1,37 @@
+"""Layouts: which there are, and on which machines their groups lie."""
+
+import pytest
+
+from celltron.train.parallel import ParallelConfig
+from celltron.train.plan.layouts import Group, Layout, list_layouts
+
+
+def test_every_way_to_give_out_gpus_is_listed_once() -> None:
+    layouts = list(list_layouts(12))
+    degrees = {(one.parallel.tensor, one.parallel.pipeline, one.data) for one in layouts}
+    # Tensor x pipeline x data = 12, tensor at most the eight GPUs of a machine.
+    triples = {(t, p, 12 // t // p) for t in (1, 2, 3, 4, 6) for p in range(1, 13) if 12 % (t * p) == 0}
+    assert degrees == triples and all(one.num_gpus == 12 for one in layouts)
+    assert len(layouts) == len(set(layouts)) == sum((1 + (t > 1)) * (1 + (d > 1)) for t, _, d in triples)
+
+
+def test_one_gpu_has_one_layout() -> None:
+    assert list(list_layouts(1)) == [Layout(parallel=ParallelConfig(), data=1)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "members"),
+    [
+        # Two machines of eight: pairs of neighbours, replicas every second rank, one stage a machine.
+        (Layout(parallel=ParallelConfig(tensor=2, pipeline=2), data=4), {"tensor": 2, "data": 4, "pipeline": 1}),
+        (Layout(parallel=ParallelConfig(tensor=8), data=2), {"tensor": 8, "data": 1}),
+        (Layout(parallel=ParallelConfig(), data=16), {"data": 8}),
+        (Layout(parallel=ParallelConfig(pipeline=4), data=2), {"data": 2, "pipeline": 4, "embedding": 2}),
+        (Layout(parallel=ParallelConfig(pipeline=8), data=2), {"data": 2, "pipeline": 4, "embedding": 1}),
+    ],
+)
+def test_groups_lie_on_machines_as_megatron_counts_ranks(layout: Layout, members: dict[Group, int]) -> None:
+    degrees = {"tensor": layout.parallel.tensor, "data": layout.data, "pipeline": layout.parallel.pipeline}
+    for group, number in members.items():
+        assert layout.members_per_node(group) == number, group
+        assert layout.spans_nodes(group) == (number < degrees.get(group, 2)), group
