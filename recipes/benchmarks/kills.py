@@ -236,13 +236,15 @@ class Watch:
 
     def wait_for_moment(self, kill: Kill, pace: Pace) -> bool:
         """Wait for the moment of a kill; False when the launcher ends before."""
+        seconds = {"start": pace.start_seconds, "step": pace.step_seconds, "save": pace.save_seconds}[kill.moment]
+        end = time.monotonic() + kill.fraction * seconds
+        if kill.moment == "start":
+            # A start that is faster than it was must not let the run get away.
+            return self._wait_until(lambda: time.monotonic() >= end or self.num_steps() > 0, "a start")
         if kill.moment == "step":
             is_near = self._wait_until(lambda: self.num_steps() >= kill.after_steps, f"{kill.after_steps} steps")
-        elif kill.moment == "save":
-            is_near = self._wait_until(lambda: bool(self.saves_in_progress()), "a checkpoint to be begun")
         else:
-            is_near = True
-        seconds = {"start": pace.start_seconds, "step": pace.step_seconds, "save": pace.save_seconds}[kill.moment]
+            is_near = self._wait_until(lambda: bool(self.saves_in_progress()), "a checkpoint to be begun")
         time.sleep(kill.fraction * seconds)
         return is_near and self.launcher.poll() is None
 

@@ -30,7 +30,7 @@ def succeed(ended: Any) -> str:
 
 def test_help_and_version(celltron: Celltron) -> None:
     printed = succeed(celltron("--help"))
-    for verb in ("convert", "info", "verify", "medians", "train", "export"):
+    for verb in ("convert", "info", "verify", "medians", "train", "export", "plan", "launch"):
         assert f"\n    {verb} " in printed
         assert succeed(celltron(verb, "--help"))
     assert succeed(celltron("--version")) == f"celltron {__version__}\n"

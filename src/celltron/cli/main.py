@@ -31,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    # A recipe reads its own command line: config keys and overrides are no argparse flags.
-    if arguments and arguments[0] in _RECIPES:
-        _RECIPES[arguments[0]](arguments[1:])
+    # These read their own command line: config keys and overrides are no argparse flags.
+    if arguments and arguments[0] in _WITH_CONFIG:
+        _WITH_CONFIG[arguments[0]](arguments[1:])
         return
     options = _make_parser().parse_args(arguments)
     options.verb(options)
@@ -51,7 +51,13 @@ def _export(arguments: Sequence[str]) -> None:
     geneformer_export_hf.main(arguments)
 
 
-_RECIPES: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "export": _export}
+def _plan(arguments: Sequence[str]) -> None:
+    from celltron.cli import plan
+
+    plan.main(arguments)
+
+
+_WITH_CONFIG: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "export": _export, "plan": _plan}
 
 
 def _make_parser() -> argparse.ArgumentParser:
