@@ -26,6 +26,15 @@ layering() {
     run python -m pytest -q --noconftest "$@" tests/layering
 }
 
+# The packages', cells without PyTorch in their process, and a part of the others that takes as long as the rest.
+tests_beside() {
+    local failed=0
+    run python -m pytest -q -p no:cacheprovider sub-packages/celltron-core sub-packages/celltron-cells || failed=1
+    run python -m pytest -q -p no:cacheprovider sub-packages/celltron-models sub-packages/celltron-train || failed=1
+    run python -m pytest -q -p no:cacheprovider tests/kill tests/launch tests/plan || failed=1
+    return "$failed"
+}
+
 tests() {
     export HF_HUB_OFFLINE=1 # no test may need a network
     if [[ $# -gt 0 ]]; then
@@ -33,14 +42,13 @@ tests() {
         return
     fi
     # Two at a time, since most machines have two cores.
-    local packages failed=0
+    local beside failed=0
     mkdir -p build
-    python -m pytest -q -p no:cacheprovider sub-packages >build/packages.log 2>&1 &
-    packages=$!
-    run python -m pytest -q tests || failed=1
-    wait "$packages" || failed=1
-    printf '+ python -m pytest -q sub-packages\n' >&2
-    cat build/packages.log
+    tests_beside >build/tests_beside.log 2>&1 &
+    beside=$!
+    run python -m pytest -q tests --ignore tests/kill --ignore tests/launch --ignore tests/plan || failed=1
+    wait "$beside" || failed=1
+    cat build/tests_beside.log
     run python -m pytest -q --doctest-modules -o consider_namespace_packages=true src recipes sub-packages/*/src || failed=1
     return "$failed"
 }

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 
 from celltron.cells import NO_LABEL, Batch, Loader, LoaderState, convert, cut_into_packs, open_cells, pad_batch
 from celltron.cells.corpus import Corpus, build_corpus, read_corpus
@@ -47,7 +45,11 @@ from celltron.train.peak import measure_peak
 from celltron.train.precision import DTYPES
 from celltron.train.report import open_reports
 from celltron.train.step_timer import start_timer
-from celltron.train.together import do_on_main, do_together
+from celltron.train.together import blame_lost_process, do_on_main, do_together
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
 
 RUN_MARK_NAME = ".celltron-run"
 
@@ -61,10 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config.report.check_installed()
     if config.precision == "fp64" and device.type != "cpu":
         raise InputError("precision is fp64, which is for proofs on a CPU; give --device cpu, or another --precision")
-    start_process_group(launch, device)
-    start_model_parallel(config.parallel, seed=config.loop.seed)
-    pretrain(config, launch, device)
-    torch.distributed.destroy_process_group()
+    with blame_lost_process():
+        start_process_group(launch, device)
+        start_model_parallel(config.parallel, seed=config.loop.seed)
+        pretrain(config, launch, device)
+        torch.distributed.destroy_process_group()
 
 
 def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
@@ -118,7 +121,7 @@ def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
         metrics.close()
 
 
-def make_model(config: Config, *, num_tokens: int) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+def make_model(config: Config, *, num_tokens: int) -> "tuple[DistributedDataParallel, MegatronOptimizer]":
     """This process's part of the model with its initial weights, and its optimizer."""
     dtype = DTYPES[config.precision]
     model = build_geneformer(

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
 from celltron.cells import Batch
 from celltron.cells.sampler import rank_part
@@ -20,6 +19,9 @@ from celltron.train.count_bytes import CountBytes
 from celltron.train.loop import Job, StepBatch, fit
 from celltron.train.metrics import MetricsWriter
 from celltron.train.parallel import data_parallel_place
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Steps:
     """Of each step but the first, on this process."""
     bytes: CountBytes
     """Of one more step, which is not timed; empty where none was asked for."""
-    model: DistributedDataParallel
+    model: "DistributedDataParallel"
     """This process's part, trained."""
     batch: StepBatch
     """This process's part of every step."""

@@ -103,7 +103,7 @@ def test_inline_commands_run(used_desk: Path, warm_python: Any) -> None:
 @pytest.mark.parametrize("text", [text for text in INLINE if text.startswith("--")])
 def test_inline_flags_are_known(text: str, celltron: Callable[..., Any]) -> None:
     flag, *value = text.split()
-    helps = [celltron(verb, "--help").stdout for verb in ("convert", "train")]
+    helps = [celltron(verb, "--help").stdout for verb in ("convert", "train", "plan")]
     known_to = [printed for printed in helps if re.search(rf"^ +{flag}\b", printed, re.MULTILINE)]
     assert known_to
     assert not value or value[0] in STANDS_FOR or any(value[0] in printed for printed in known_to)

@@ -26,7 +26,6 @@ from celltron.train.retention import RetentionConfig
 from celltron.train.schedule import ScheduleConfig, learning_rate
 from celltron.train.spike import SpikeConfig, SpikeDetector
 from celltron.train.step_timer import PAUSED, HostClock, StepTimer
-from celltron.train.together import blame_lost_process
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Output of the last stage to (sum of losses, count), both scalars on the model's device."""
@@ -202,7 +201,7 @@ def fit(config: LoopConfig, job: Job, *, first_step: int = 1) -> float:
     job.timer.read()  # what came before is no step's
     run = _Run(config, job)
     try:
-        with Interruption() as interruption, blame_lost_process():
+        with Interruption() as interruption:
             for step in range(first_step, config.max_steps + 1):
                 run.take_step(step, interruption)
     finally:
