@@ -21,6 +21,7 @@ INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DO
 PROGRAMS = {"celltron", "python", "torchrun", "make", "source"}
 # What stands for a name of the reader's, and what the README leaves out with an ellipsis.
 STANDS_FOR = {"STORE": "my_cells.store", "HF": "runs/first/huggingface", "CHECKPOINT": "imported", "NAME": "counts"}
+STANDS_FOR |= {"64": "1"}  # GPUs: the desk's batches have one cell
 LEFT_OUT = "tiny.yaml --data my_cells.store --out runs/several"
 
 
