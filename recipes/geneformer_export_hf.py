@@ -18,6 +18,7 @@ from celltron.models.geneformer import (
     take_parameters,
     to_huggingface,
 )
+from celltron.recipes.shared.conversion import check_conversion
 from celltron.train.checkpoint import RunState, find_checkpoint, load_model, read_run_state, verify_checkpoint
 from celltron.train.launch import read_launch, start_process_group
 from celltron.train.parallel import ParallelConfig, start_model_parallel
@@ -49,12 +50,8 @@ class Config:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the export that the command line describes."""
     config = parse_arguments(Config, sys.argv[1:] if arguments is None else arguments, flags=FLAGS).config
-    launch = read_launch()
-    if launch.world_size > 1:
-        raise InputError(f"the export was started on {launch.world_size} processes, but needs one; start it alone")
     out = Path(config.out)
-    if not config.replace and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} exists already; choose another --out, or give --replace")
+    check_conversion("export", out, replace=config.replace)
     checkpoint = find_checkpoint(Path(config.checkpoint))
     whole = read_whole(checkpoint)
     to_huggingface(

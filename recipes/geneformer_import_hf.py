@@ -1,12 +1,10 @@
-"""Turn a Hugging Face Geneformer (`BertForMaskedLM`) into a celltron checkpoint; on one process."""
+"""Turn a Hugging Face Geneformer (`BertForMaskedLM` or pre-norm) into a celltron checkpoint; on one process."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from celltron.core import (
     InputError,
@@ -15,16 +13,9 @@ from celltron.core import (
     parse_arguments,
     run_command,
 )
-from celltron.models.geneformer import (
-    WholeGeneformer,
-    build_geneformer,
-    from_huggingface,
-    put_parameters,
-)
-from celltron.train.checkpoint import RunState, save_model
-from celltron.train.launch import read_launch, start_process_group
-from celltron.train.parallel import ParallelConfig, start_model_parallel
-from celltron.train.precision import DTYPES, Precision
+from celltron.models.geneformer import WholeGeneformer, from_huggingface
+from celltron.recipes.shared.conversion import check_conversion, write_import
+from celltron.train.precision import Precision
 
 PUBLISHED: tuple[Literal["gc30M", "gc95M"], ...] = ("gc30M", "gc95M")
 FLAGS = {
@@ -69,18 +60,14 @@ class Config:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the import that the command line describes."""
     config = parse_arguments(Config, sys.argv[1:] if arguments is None else arguments, flags=FLAGS).config
-    launch = read_launch()
-    if launch.world_size > 1:
-        raise InputError(f"the import was started on {launch.world_size} processes, but needs one; start it alone")
     out = Path(config.out)
-    if not config.replace and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} exists already; choose another --out, or give --replace")
+    check_conversion("import", out, replace=config.replace)
     whole = from_huggingface(Path(config.folder), vocabulary_multiple=config.vocabulary_multiple)
     if whole.unused_tensors:
         names = ", ".join(whole.unused_tensors)
         print(f"left out {names}: parts of BERT that predict no masked genes", file=sys.stderr)
-    write_checkpoint(config, complete(config, whole))
-    print(f"{config.out}: {config.folder} as a celltron checkpoint in {config.dtype}", file=sys.stderr)
+    write_import(complete(config, whole), out, config.dtype, replace=config.replace)
+    print(f"{out}: {config.folder} as a celltron checkpoint in {config.dtype}", file=sys.stderr)
 
 
 def complete(config: Config, whole: WholeGeneformer) -> WholeGeneformer:
@@ -108,24 +95,6 @@ def complete(config: Config, whole: WholeGeneformer) -> WholeGeneformer:
             "lower it"
         )
     return replace(whole, vocabulary=vocabulary, medians=medians, max_length=max_length)
-
-
-def write_checkpoint(config: Config, whole: WholeGeneformer) -> None:
-    """Write the model without an optimizer as step 0."""
-    dtype, launch = DTYPES[config.dtype], read_launch()
-    start_process_group(launch, torch.device("cpu"))
-    start_model_parallel(ParallelConfig(), seed=0)
-    model = build_geneformer(whole.config, num_tokens=whole.num_tokens, dtype=dtype, sequence_parallel=False, seed=0)
-    put_parameters(model, whole.parameters)
-    state = RunState(
-        step=0,
-        seed=0,
-        loader={},
-        distributed_optimizer=False,
-        dtype=str(dtype).removeprefix("torch."),
-        has_optimizer=False,
-    )
-    save_model(Path(config.out), state, model, files=whole.travelling_files(), launch=launch, replace=config.replace)
 
 
 if __name__ == "__main__":

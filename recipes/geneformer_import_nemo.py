@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from celltron.core import (
     InputError,
     MedianTable,
@@ -25,20 +23,16 @@ from celltron.core import (
 )
 from celltron.models.geneformer import (
     WholeGeneformer,
-    build_geneformer,
     from_nemo_tensors,
-    put_parameters,
-    read_nemo_medians,
+    read_medians,
     read_nemo_settings,
     read_nemo_shape,
     read_nemo_vocabulary,
     vocabulary_of_genes,
 )
-from celltron.train.checkpoint import RunState, save_model
+from celltron.recipes.shared.conversion import check_conversion, write_import
 from celltron.train.foreign_tensors import ForeignTensors
-from celltron.train.launch import read_launch, start_process_group
-from celltron.train.parallel import ParallelConfig, start_model_parallel
-from celltron.train.precision import DTYPES, Precision
+from celltron.train.precision import Precision
 
 WEIGHTS_NAME = "weights"
 FLAGS = {
@@ -93,14 +87,10 @@ class Config:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the import that the command line describes."""
     config = parse_arguments(Config, sys.argv[1:] if arguments is None else arguments, flags=FLAGS).config
-    launch = read_launch()
-    if launch.world_size > 1:
-        raise InputError(f"the import was started on {launch.world_size} processes, but needs one; start it alone")
     out = Path(config.out)
-    if not config.replace and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} exists already; choose another --out, or give --replace")
+    check_conversion("import", out, replace=config.replace)
     whole = read_nemo(config)
-    write_checkpoint(config, whole)
+    write_import(whole, out, config.dtype, replace=config.replace)
     without = "" if whole.medians is not None else "; it has no medians, which only --medians or a table gives"
     print(f"{out}: {config.folder} as a celltron checkpoint in {config.dtype}{without}", file=sys.stderr)
 
@@ -166,28 +156,8 @@ def read_vocabulary(config: Config) -> tuple[Vocabulary, MedianTable | None]:
     else:
         vocabulary = read_nemo_vocabulary(path)
     if config.medians:
-        medians = read_nemo_medians(Path(config.medians))
+        medians = read_medians(Path(config.medians))
     return vocabulary, medians
-
-
-def write_checkpoint(config: Config, whole: WholeGeneformer) -> None:
-    """Write the model without an optimizer as step 0."""
-    dtype, launch = DTYPES[config.dtype], read_launch()
-    start_process_group(launch, torch.device("cpu"))
-    start_model_parallel(ParallelConfig(), seed=0)
-    model = build_geneformer(whole.config, num_tokens=whole.num_tokens, dtype=dtype, sequence_parallel=False, seed=0)
-    put_parameters(model, whole.parameters)
-    state = RunState(
-        step=0,
-        seed=0,
-        loader={},
-        distributed_optimizer=False,
-        dtype=str(dtype).removeprefix("torch."),
-        has_optimizer=False,
-    )
-    save_model(
-        Path(config.out), state, model, files=whole.travelling_files(), launch=launch, replace=config.replace
-    )
 
 
 if __name__ == "__main__":

@@ -27,31 +27,32 @@ from celltron.core import (
 from celltron.models.geneformer import (
     MODEL_FILE_NAME,
     ModelShape,
-    build_geneformer,
     masked_gene_loss,
 )
 from celltron.models.geneformer.flops import flops_per_step
+from celltron.models.layers.choice import LayerChoice
 from celltron.models.layers.packing import PackedCells
 from celltron.recipes.shared.pretrain_config import FLAGS as FLAGS
 from celltron.recipes.shared.pretrain_config import Config as Config
-from celltron.train.checkpoint import Checkpoints, find_checkpoint, load_training, read_run_state, verify_checkpoint
-from celltron.train.engine import recompute_settings
+from celltron.recipes.shared.pretrain_model import build_model, pick_layers
+from celltron.train.checkpoint import Checkpoints, find_checkpoint, load_training, read_resumable, verify_checkpoint
+from celltron.train.fully_sharded import most_micro_batches
 from celltron.train.launch import Launch, choose_device, read_launch, start_process_group
 from celltron.train.loop import Job, LossFunction, StepBatch, fit
 from celltron.train.metrics import MetricsWriter
 from celltron.train.optimizer import wrap_model
-from celltron.train.parallel import data_parallel_place, start_model_parallel
+from celltron.train.parallel import context_parallel_place, cut_row, data_parallel_place, start_model_parallel
 from celltron.train.peak import measure_peak
 from celltron.train.precision import DTYPES
 from celltron.train.report import open_reports
+from celltron.train.run_folder import check_folder, hold_folder, mark_folder
 from celltron.train.step_timer import start_timer
 from celltron.train.together import blame_lost_process, do_on_main, do_together
 
 if TYPE_CHECKING:
-    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
 
-RUN_MARK_NAME = ".celltron-run"
+    from celltron.train.fully_sharded import DataParallel
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,10 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config.report.check_installed()
     if config.precision == "fp64" and device.type != "cpu":
         raise InputError("precision is fp64, which is for proofs on a CPU; give --device cpu, or another --precision")
+    pick_layers(config, device)  # what cannot be is refused before anything is done
     with blame_lost_process():
         start_process_group(launch, device)
         start_model_parallel(config.parallel, seed=config.loop.seed)
-        pretrain(config, launch, device)
+        with hold_folder(Path(config.out), launch):
+            pretrain(config, launch, device)
         torch.distributed.destroy_process_group()
 
 
@@ -80,12 +83,12 @@ def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
     resume_from = claim_folder(config, launch)
     corpus = prepare_corpus(config, launch, resume_from)
     wrapped, optimizer = make_model(config, num_tokens=len(corpus.tokenizer.vocabulary))
-    first_step, loader_state = 1, None
+    resumed, first_step, loader_state = None, 1, None
     if resume_from is not None:
-        state = read_run_state(resume_from)
-        config.loop.check_continues(state.step, seed=state.seed, where=str(resume_from))
+        resumed = read_resumable(resume_from)
+        config.loop.check_continues(resumed.step, seed=resumed.seed, where=str(resume_from))
         load_training(resume_from, wrapped, optimizer)
-        first_step, loader_state = state.step + 1, LoaderState(**state.loader)
+        first_step, loader_state = resumed.step + 1, LoaderState(**resumed.loader)
         # Not earlier: a checkpoint that is refused leaves the run as it was.
         do_on_main(launch, lambda: write_run_files(config, corpus))
     metrics = MetricsWriter(out, is_main=launch.is_main, first_step=first_step)
@@ -94,7 +97,10 @@ def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
     do_on_main(launch, lambda: open_reports(config.report, metrics, settings))
     peak_flops = config.report.peak_flops or measure_peak(device, DTYPES[config.precision])
     unigram_loss = measure_unigram(config, corpus, launch)
-    metrics.say(describe(config, corpus, launch, unigram_loss, first_step))
+    layers = pick_layers(config, device)
+    metrics.say(
+        describe(config, corpus, launch, layers=layers, unigram_loss=unigram_loss, first_step=first_step)
+    )
     job = Job(
         model=wrapped,
         optimizer=optimizer,
@@ -116,28 +122,20 @@ def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
         validation_facts={"unigram_loss": unigram_loss},
     )
     try:
-        return fit(config.loop, job, first_step=first_step)
+        return fit(config.loop, job, resumed=resumed)
     finally:
         metrics.close()
 
 
-def make_model(config: Config, *, num_tokens: int) -> "tuple[DistributedDataParallel, MegatronOptimizer]":
+def make_model(config: Config, *, num_tokens: int) -> "tuple[DataParallel, MegatronOptimizer]":
     """This process's part of the model with its initial weights, and its optimizer."""
-    dtype = DTYPES[config.precision]
-    model = build_geneformer(
-        config.model,
-        num_tokens=num_tokens,
-        dtype=dtype,
-        sequence_parallel=config.parallel.sequence_parallel,
-        seed=config.loop.seed,
-        **recompute_settings(config.engine.recompute),
-    )
     return wrap_model(
-        model,
+        build_model(config, num_tokens=num_tokens),
         config.optimizer,
-        dtype=dtype,
+        dtype=DTYPES[config.precision],
         distributed_optimizer=config.parallel.distributed_optimizer,
         overlap=config.engine.overlap,
+        fsdp=config.parallel.fsdp,
     )
 
 
@@ -158,17 +156,12 @@ def claim_folder(config: Config, launch: Launch) -> Path | None:
     resume_from = find_checkpoint(Path(config.resume)) if config.resume else None
     if resume_from is not None:
         do_on_main(launch, lambda: verify_checkpoint(resume_from))
+        read_resumable(resume_from)  # an imported model is refused before anything is converted
     is_of_this_run = resume_from is not None and resume_from.resolve().parent == checkpoints.resolve()
     if not is_of_this_run and checkpoints.exists() and any(checkpoints.iterdir()):
         raise InputError(f"{config.out} holds a run already; continue it with --resume auto, or choose another --out")
     do_on_main(launch, lambda: check_folder(Path(config.out)))
     return resume_from
-
-
-def check_folder(out: Path) -> None:
-    """Refuse a folder in which somebody's files would be overwritten."""
-    if out.exists() and any(out.iterdir()) and not (out / RUN_MARK_NAME).exists():
-        raise InputError(f"{out} holds files that no run made; choose a new folder for --out")
 
 
 def check_same_job(config: Config, resume_from: Path) -> None:
@@ -202,7 +195,7 @@ def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> 
         is_fresh = not out.exists() or not any(out.iterdir())
         try:
             out.mkdir(parents=True, exist_ok=True)
-            (out / RUN_MARK_NAME).touch()
+            mark_folder(out)
             prepare_store()
         except BaseException:
             if is_fresh:
@@ -319,24 +312,45 @@ def validation_batches(config: Config, corpus: Corpus, device: torch.device) -> 
 
 
 def make_step_batch(config: Config, corpus: Corpus, batch: Batch, device: torch.device) -> StepBatch:
-    """Cut a batch into micro-batches: cells packed without gaps, or padded ones of like length as the reference."""
-    how = {"pad_id": corpus.tokenizer.vocabulary.pad_id, "multiple_of": config.padding_multiple}
-    micro_batches: list[dict[str, Any]] = []
-    if config.loop.packing:
-        for pack in cut_into_packs(batch, config.loop.micro_batch_size * config.data.max_length, **how):
-            tensors = to_tensors({"tokens_BS": pack.tokens_T[None]}, pack.labels_T, device)
-            micro_batches.append(tensors | {"packed": PackedCells.of(pack.lengths.tolist(), device)})
-    else:
-        for part in batch.sorted_by_length().split(config.loop.micro_batch_size):
-            padded = pad_batch(part, **how)
-            inputs = {"tokens_BS": padded.tokens_BS, "is_padding_BS": padded.is_padding_BS}
-            micro_batches.append(to_tensors(inputs, padded.labels_BS.ravel(), device))
+    """Cut a batch into micro-batches; under FSDP, into as many as other processes, with blank ones at the end."""
+    micro_batches = cut_into_micro_batches(config, corpus, batch, device)
+    if config.parallel.fsdp:
+        blank = cut_into_micro_batches(config, corpus, blank_batch(corpus.tokenizer.vocabulary.pad_id), device)
+        micro_batches += blank * (most_micro_batches(len(micro_batches)) - len(micro_batches))
     return StepBatch(
         micro_batches=micro_batches,
         num_cells=len(batch),
         num_tokens=int(batch.lengths.sum()),
-        num_places=sum(micro_batch["tokens_BS"].numel() for micro_batch in micro_batches),
+        num_places=config.parallel.context * sum(micro_batch["tokens_BS"].numel() for micro_batch in micro_batches),
     )
+
+
+def blank_batch(pad_id: int) -> Batch:
+    """One cell of one token of padding, which is not predicted."""
+    one, number = np.ones(1, dtype=np.int32), np.zeros(1, dtype=np.int64)
+    return Batch(tokens=pad_id * one, labels=NO_LABEL * one, lengths=one, cells=number, epochs=number)
+
+
+def cut_into_micro_batches(config: Config, corpus: Corpus, batch: Batch, device: torch.device) -> list[dict[str, Any]]:
+    """Micro-batches of cells packed without gaps, or of padded ones of like length as the reference.
+
+    Of their rows, those that it shares with context-parallel processes, this process takes its part.
+    """
+    place = context_parallel_place()
+    how = {"pad_id": corpus.tokenizer.vocabulary.pad_id, "multiple_of": config.padding_multiple}
+    micro_batches: list[dict[str, Any]] = []
+    if config.loop.packing:
+        for pack in cut_into_packs(batch, config.loop.micro_batch_size * config.data.max_length, **how):
+            part = cut_row(len(pack.tokens_T), *place)
+            tensors = to_tensors({"tokens_BS": pack.tokens_T[None, part]}, pack.labels_T[part], device)
+            micro_batches.append(tensors | {"packed": PackedCells.of(pack.lengths.tolist(), device, part=part)})
+    else:
+        for cells in batch.sorted_by_length().split(config.loop.micro_batch_size):
+            padded = pad_batch(cells, **how)
+            part = cut_row(padded.tokens_BS.shape[1], *place)
+            inputs = {"tokens_BS": padded.tokens_BS[:, part], "is_padding_BS": padded.is_padding_BS}
+            micro_batches.append(to_tensors(inputs, padded.labels_BS[:, part].ravel(), device))
+    return micro_batches
 
 
 def to_tensors(inputs: dict[str, np.ndarray], labels: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
@@ -346,7 +360,9 @@ def to_tensors(inputs: dict[str, np.ndarray], labels: np.ndarray, device: torch.
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-def describe(config: Config, corpus: Corpus, launch: Launch, unigram_loss: float, first_step: int) -> str:
+def describe(
+    config: Config, corpus: Corpus, launch: Launch, *, layers: LayerChoice, unigram_loss: float, first_step: int
+) -> str:
     """What is about to run, and what it must beat."""
     data_parallel = config.parallel.data(launch.world_size)
     lines = [
@@ -354,8 +370,9 @@ def describe(config: Config, corpus: Corpus, launch: Launch, unigram_loss: float
         f"split by {config.data.validation_by}; vocabulary of {len(corpus.tokenizer.vocabulary):,} tokens",
         f"{config.model.num_layers} {config.model.variant.replace('_', '-')} layers x {config.model.hidden_size} wide, "
         f"world size {launch.world_size} "
-        f"(tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}), "
-        f"{config.precision}, torch layers",
+        f"(tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x context {config.parallel.context} x "
+        f"data {data_parallel}), "
+        f"{config.precision}, {layers.layers} layers ({layers.reason})",
         f"to beat: {unigram_loss:.4f} nats, the cross-entropy of the training cells' gene frequencies (unigram)",
     ]
     if first_step > 1:

@@ -138,7 +138,7 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython
     yield python
     assert python.server.stdin is not None
     python.server.stdin.close()
-    python.server.wait(10)
+    python.server.wait(60)
 
 
 @pytest.fixture(scope="session")

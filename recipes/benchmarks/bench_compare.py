@@ -2,25 +2,70 @@
 
 import json
 import multiprocessing
+import os
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from celltron.cells import Batch, CellReader, Loader, RankTokenizer, convert, open_cells
 from celltron.cells.open_cells import is_converted
-from celltron.core import InputError, __version__, load_published_geneformer, write_atomically
+from celltron.core import InputError, __version__, load_config, load_published_geneformer, write_atomically
 from celltron.recipes.benchmarks.bench_machine import describe_commit, describe_machine
+from celltron.recipes.shared.pretrain_config import Config as RunConfig
 
 CELLS = Path(__file__).resolve().parents[1] / "data" / "pbmc_citeseq" / "pbmc_citeseq.h5ad"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Job = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparisonConfig:
+    """What is measured of models of one shape in celltron and in transformers, and for how long."""
+
+    data: str = str(CELLS)
+    """A store or a file of counts; the cells' lengths decide what padding costs."""
+    shape: Literal["10m", "106m", "tiny"] = "10m"
+    """The shape of the config of that name."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the weights in all systems."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where all run."""
+    out: str
+    """Folder for results."""
+    cells: int = 64
+    """Cells that are worked on at a time, drawn from the data."""
+    max_length: int = 2048
+    """Longest cell in tokens, and what `hf_padded` pads to."""
+    padded_share: int = 4
+    """`hf_padded` runs on one cell of so many."""
+    batch_size: int = 8
+    """Cells of a padded batch."""
+    pack_cells: int = 2
+    """Cells of full length whose tokens celltron packs together."""
+    repeats: int = 2
+    """Processes of each system; the median of all that they measured is reported, with least and most."""
+    threads: int = len(os.sched_getaffinity(0))
+    """Threads of PyTorch."""
+    seed: int = 0
+    """Of cells and of all else that is drawn."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and field.name != "seed" and value < 1:
+                raise InputError(f"{field.name} is {value}: wanted 1 or more")
+        if self.cells % (self.padded_share * self.batch_size):
+            raise InputError(
+                f"cells is {self.cells}: wanted a multiple of padded_share x batch_size "
+                f"({self.padded_share} x {self.batch_size})"
+            )
 
 
 def draw_cells(
@@ -63,6 +108,39 @@ def read_cells(path: str) -> Batch:
     """What `write_cells` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
         return Batch(**{name: arrays[name] for name in Batch.__slots__})
+
+
+def load_run(shape: str, *, precision: str, max_length: int, settings: Sequence[str]) -> RunConfig:
+    """The shipped config of a shape for cells of such a length, without warm-up, or anything between steps.
+
+    Raises:
+        InputError: `settings`, as on a command line, do not fit to it.
+    """
+    return load_config(
+        RunConfig,
+        CONFIGS / f"geneformer_{shape}.yaml",
+        [
+            "data.paths=none",
+            "out=none",
+            f"precision={precision}",
+            f"data.max_length={max_length}",
+            f"model.max_positions={max_length}",
+            "loop.validate_every=0",
+            "loop.save_every=0",
+            "loop.log_every=1000000",
+            "schedule.warmup_steps=0",
+            *settings,
+        ],
+    )
+
+
+def deal_cells(comparison: "Comparison", batch: Batch, padded_share: int, scratch: Path) -> dict[str, Batch]:
+    """Each system's cells: all, but one of `padded_share` for `hf_padded`; written to `<scratch>/<system>.npz`, too."""
+    share = batch.take(np.arange(0, len(batch), padded_share))
+    parts = {system: share if system == "hf_padded" else batch for system in comparison.systems}
+    for system, part in parts.items():
+        write_cells(part, scratch / f"{system}.npz")
+    return parts
 
 
 def measure(function: Callable[[Job], Job], job: Job) -> Job:
@@ -166,19 +244,34 @@ def describe_run(name: str, version: int, arguments: Sequence[str]) -> dict[str,
     }
 
 
-def summarise(seconds: Sequence[float], *, cells: int, tokens: int) -> dict[str, Any]:
-    """Rates of one system at its median pass over so many cells and real tokens."""
+def summarise_all(
+    comparison: Comparison, answers: Mapping[str, Sequence[Job]], parts: Mapping[str, Batch]
+) -> dict[str, Any]:
+    """Rates of each system on its cells, what they ran on, and ours over theirs."""
+    last = answers[comparison.systems[0]][-1]
+    results: dict[str, Any] = {
+        "gpu": last["gpu"],
+        "versions": {name: last[name] for name in ("torch", "transformers")},
+        **{system: _summarise(answers[system], parts[system]) for system in comparison.systems},
+    }
+    return results | {"ratios": _compare(comparison, results)}
+
+
+def _summarise(answers: Sequence[Job], part: Batch) -> dict[str, Any]:
+    """Rates of one system at its median."""
+    seconds = [second for answer in answers for second in answer["seconds"]]
     median = statistics.median(seconds)
     return {
-        "real_tokens_per_second": tokens / median,
-        "cells_per_second": cells / median,
+        "real_tokens_per_second": len(part.tokens) / median,
+        "cells_per_second": len(part) / median,
         "seconds": {"median": median, "min": min(seconds), "max": max(seconds), "steps": len(seconds)},
-        "cells": cells,
-        "tokens": tokens,
+        "cells": len(part),
+        "tokens": len(part.tokens),
+        "gpu_bytes": answers[-1]["gpu_bytes"],
     }
 
 
-def compare(comparison: Comparison, results: Mapping[str, Any]) -> dict[str, float]:
+def _compare(comparison: Comparison, results: Mapping[str, Any]) -> dict[str, float]:
     """Ours over theirs, each with each."""
     ours, theirs = ([s for s in comparison.systems if s.startswith(who)] for who in ("ours", "hf"))
     return {

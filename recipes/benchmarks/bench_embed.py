@@ -6,6 +6,7 @@ cell's tokens. The first passes of a process are not counted.
 B cells of a batch, S places of its longest cell, C cells, D width.
 """
 
+import os
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -40,11 +41,12 @@ Embed = Callable[[Batch], np.ndarray]
 
 
 def require_transformers() -> None:
-    """Import it, for all processes that are forked from this one.
+    """Import it without its network, for all processes that are forked from this one.
 
     Raises:
         InputError: it is not installed.
     """
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         from transformers import BertModel  # noqa: F401
     except ImportError as error:
@@ -62,9 +64,13 @@ def answer(job: Job) -> Job:
         vectors_CD = embed(batch)
         seconds.append(time.perf_counter() - start)
     np.save(job["vectors"], vectors_CD)
-    on_gpu = job["device"] == "cuda"
+    return {"seconds": seconds[job["warm_up"] :], **describe_torch(job["device"])}
+
+
+def describe_torch(device: str) -> Job:
+    """What a process ran on, and the most memory that it had there."""
+    on_gpu = device == "cuda"
     return {
-        "seconds": seconds[job["warm_up"] :],
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "torch": torch.__version__,

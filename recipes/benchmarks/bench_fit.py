@@ -23,6 +23,8 @@ from celltron.train.parallel import data_parallel_place
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
 
+    from celltron.train.checkpoint import Checkpoints
+
 
 @dataclass(frozen=True, slots=True)
 class Steps:
@@ -73,18 +75,27 @@ class _Repeated:
         return []
 
 
-def fit_steps(config: Config, batch: Batch, *, num_tokens: int, pad_id: int, count_bytes: bool = False) -> Steps:
+def fit_steps(
+    config: Config,
+    batch: Batch,
+    *,
+    num_tokens: int,
+    pad_id: int,
+    count_bytes: bool = False,
+    checkpoints: "Checkpoints | None" = None,
+) -> Steps:
     """Train on a global batch for `config.loop.max_steps` steps, the last of which is counted where that is asked for.
 
     A step is everything: the batch is made, run forward and backward, and AdamW updates the parameters. Process group
     and layout must have been started.
 
     Args:
-        config: The run; it must neither save nor validate before the end.
+        config: The run; it must not validate before the end.
         batch: The global batch, of which this process takes its part.
         num_tokens: The vocabulary's size.
         pad_id: The vocabulary's id of padding.
         count_bytes: Whether the last step is counted instead of timed.
+        checkpoints: Where the run saves; None saves nothing. The one at the end is not timed.
     """
     device = torch.device(torch.cuda.current_device())
     wrapped, optimizer = make_model(config, num_tokens=num_tokens)
@@ -105,7 +116,7 @@ def fit_steps(config: Config, batch: Batch, *, num_tokens: int, pad_id: int, cou
             forward_step=forward_step,
             train=stream,
             validation=stream.end,
-            checkpoints=nowhere,
+            checkpoints=checkpoints or nowhere,
             metrics=MetricsWriter(Path(folder), is_main=False, first_step=1),
         )
         fit(config.loop, job)

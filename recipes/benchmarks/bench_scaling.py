@@ -25,6 +25,7 @@ from celltron.train.plan.layouts import Layout
 # Megatron's names of the groups that the formulas know.
 GROUPS = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tensor",
+    "CONTEXT_PARALLEL_GROUP": "context",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
     "DATA_PARALLEL_GROUP": "data",
     "DATA_PARALLEL_GROUP_WITH_CP": "data",
@@ -84,6 +85,7 @@ def describe_stage(config: Config, steps: Steps) -> Stage:
     embedding = model.shared_embedding_or_output_weight() if model.pre_process or model.post_process else None
     num_layers = config.model.num_layers // config.parallel.pipeline
     micro_batches = steps.batch.micro_batches
+    num_places = sum(micro_batch["tokens_BS"].numel() for micro_batch in micro_batches)
     num_predicted = sum(micro_batch["labels_M"].numel() for micro_batch in micro_batches)
     place_bytes = config.model.hidden_size * parameters[0].element_size()
     return Stage(
@@ -91,6 +93,7 @@ def describe_stage(config: Config, steps: Steps) -> Stage:
         is_last=model.post_process,
         num_layers=num_layers,
         num_recomputed_layers=num_layers if config.engine.recompute == "full" else 0,
+        num_reattended_layers=num_layers if config.engine.recompute != "none" else 0,
         num_parameters=sum(parameter.numel() for parameter in parameters),
         num_split_parameters=sum(
             parameter.numel() for parameter in parameters if getattr(parameter, "sequence_parallel", False)
@@ -99,7 +102,7 @@ def describe_stage(config: Config, steps: Steps) -> Stage:
         value_bytes=parameters[0].element_size(),
         gradient_bytes=parameters[0].main_grad.element_size(),
         num_micro_batches=len(micro_batches),
-        hidden_bytes=steps.batch.num_places * place_bytes,
+        hidden_bytes=num_places * place_bytes,
         predicted_bytes=num_predicted * place_bytes,
         num_predicted=num_predicted,
     )

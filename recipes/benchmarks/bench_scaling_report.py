@@ -12,6 +12,7 @@ COLOURS = {
     "data_distributed": "#f3a712",
     "tensor": "#1b6ca8",
     "sequence": "#7fb7d6",
+    "context": "#7a5195",
     "pipeline": "#6a994e",
 }
 

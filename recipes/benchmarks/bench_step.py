@@ -1,18 +1,14 @@
 """What `train_step.py` measures: training steps of celltron and of transformers' `BertForMaskedLM`, on the same cells.
 
-Run as a program it takes one job as JSON on standard input and answers with JSON on standard output: the seconds of
-each step, after one that is not counted. A step is everything: the batch is made, run forward and backward, and AdamW
-updates the parameters.
+A step is everything: the batch is made, run forward and backward, and AdamW updates the parameters. The first one of a
+process is not counted.
 
 B cells of a batch, S places of its longest cell.
 """
 
-import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,23 +16,22 @@ import torch
 from celltron.cells import NO_LABEL, Batch, pad_batch
 from celltron.core import build_config
 from celltron.models.geneformer import GeneformerConfig
+from celltron.recipes.benchmarks.bench_compare import Job, read_cells
+from celltron.recipes.benchmarks.bench_embed import describe_torch
 from celltron.recipes.benchmarks.bench_fit import fit_steps
 from celltron.recipes.geneformer_pretrain import Config
 from celltron.train.launch import Launch, choose_device, start_process_group
 from celltron.train.parallel import start_model_parallel
 
 
-def main() -> None:
-    """Measure one job."""
-    job = json.load(sys.stdin)
+def answer(job: Job) -> Job:
+    """Seconds of each step on a job's cells."""
     torch.set_num_threads(job["threads"])
-    with np.load(job["cells"]) as arrays:
-        batch = Batch(**{name: arrays[name] for name in ("tokens", "labels", "lengths", "cells", "epochs")})
-    function = {"celltron": time_celltron, "transformers": time_transformers}[job["system"]]
-    print(json.dumps({"seconds": function(job, batch), "torch": torch.__version__}))
+    function = {"celltron": time_celltron, "transformers": time_transformers}[job["library"]]
+    return {"seconds": function(job, read_cells(job["cells"])), **describe_torch(job["device"])}
 
 
-def time_celltron(job: dict[str, Any], batch: Batch) -> list[float]:
+def time_celltron(job: Job, batch: Batch) -> list[float]:
     """Steps of the training loop itself, with its optimizer."""
     config = build_config(Config, job["config"])
     start_process_group(Launch(), choose_device(job["device"], Launch()))
@@ -44,7 +39,7 @@ def time_celltron(job: dict[str, Any], batch: Batch) -> list[float]:
     return fit_steps(config, batch, num_tokens=job["num_tokens"], pad_id=job["pad_id"]).seconds
 
 
-def time_transformers(job: dict[str, Any], batch: Batch) -> list[float]:
+def time_transformers(job: Job, batch: Batch) -> list[float]:
     """The same model as its users train it: SDPA, autocast for bf16, batches of `batch_size` cells, fused AdamW."""
     from transformers import BertConfig, BertForMaskedLM
 
@@ -86,7 +81,7 @@ def time_transformers(job: dict[str, Any], batch: Batch) -> list[float]:
     return seconds[1:]
 
 
-def _transformers_batches(job: dict[str, Any], batch: Batch) -> Iterator[dict[str, np.ndarray]]:
+def _transformers_batches(job: Job, batch: Batch) -> Iterator[dict[str, np.ndarray]]:
     """Padded to one length, or grouped by length as the Trainer does it, each batch padded to its longest cell."""
     length = job["padded_to"]
     cells = batch if length else batch.sorted_by_length()
@@ -97,7 +92,3 @@ def _transformers_batches(job: dict[str, Any], batch: Batch) -> Iterator[dict[st
             "attention_mask": (~padded.is_padding_BS).astype(np.int64),
             "labels": np.where(padded.is_padding_BS, NO_LABEL, padded.labels_BS),
         }
-
-
-if __name__ == "__main__":
-    main()

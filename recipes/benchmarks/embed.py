@@ -11,34 +11,31 @@ by all; they take turns, each in a process of its own (`bench_embed.py`), and th
 Written to the folder `--out`: `embed.json`, `.txt`, `.md` (for RESULTS.md) and `.png`.
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from celltron.core import InputError, config_to_dict, load_config, parse_arguments, run_command
+from celltron.core import config_to_dict, parse_arguments, run_command
 from celltron.recipes.benchmarks import bench_embed
 from celltron.recipes.benchmarks.bench_compare import (
-    CELLS,
-    CONFIGS,
     Comparison,
+    ComparisonConfig,
     Job,
     check_agreement,
-    compare,
+    deal_cells,
     describe_run,
     draw_cells,
+    load_run,
     measure,
-    summarise,
+    summarise_all,
     take_turns,
-    write_cells,
     write_results,
 )
-from celltron.recipes.geneformer_pretrain import Config as RunConfig
 
 VERSION = 1
 COMPARISON = Comparison(
@@ -55,50 +52,15 @@ TOLERANCES = {"fp32": 1e-5, "bf16": 3e-2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class Config(ComparisonConfig):
     """What is measured, and for how long."""
 
-    data: str = str(CELLS)
-    """A store or a file of counts; the cells' lengths decide what padding costs."""
-    shape: Literal["10m", "106m", "tiny"] = "10m"
-    """The shape of the config of that name."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the weights in all systems."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where all run."""
     out: str = "runs/embed"
     """Folder for results."""
-    cells: int = 64
-    """Cells of a pass, drawn from the data."""
-    max_length: int = 2048
-    """Longest cell in tokens, and what `hf_padded` pads to."""
-    padded_share: int = 4
-    """`hf_padded` runs on one cell of so many."""
-    batch_size: int = 8
-    """Cells of a padded batch."""
-    pack_cells: int = 2
-    """Cells of full length whose tokens celltron packs together."""
     passes: int = 2
-    """Passes measured in a process, after one that is not."""
-    repeats: int = 2
-    """Processes of each system; all passes' median is reported, with least and most."""
-    threads: int = len(os.sched_getaffinity(0))
-    """Threads of PyTorch."""
+    """Passes over the cells measured in a process, after one that is not."""
     standard_deviation: float = 0.1
     """Of the weights; larger than at the beginning of a training, so that attention differs from place to place."""
-    seed: int = 0
-    """Of cells and weights."""
-
-    def __post_init__(self) -> None:
-        numbers = ("cells", "max_length", "padded_share", "batch_size", "pack_cells", "passes", "repeats", "threads")
-        for name in numbers:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: wanted 1 or more")
-        if self.cells % (self.padded_share * self.batch_size):
-            raise InputError(
-                f"cells is {self.cells}: wanted a multiple of padded_share x batch_size "
-                f"({self.padded_share} x {self.batch_size})"
-            )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -106,50 +68,35 @@ def main(arguments: Sequence[str]) -> None:
     config = parse_arguments(Config, arguments, flags=FLAGS).config
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     bench_embed.require_transformers()
     with TemporaryDirectory() as folder:
         scratch = Path(folder)
         batch, facts = draw_cells(
             config.data, scratch, num_cells=config.cells, max_length=config.max_length, seed=config.seed, mask=False
         )
-        share = batch.take(np.arange(0, len(batch), config.padded_share))
-        parts = {system: share if system == "hf_padded" else batch for system in COMPARISON.systems}
+        parts = deal_cells(COMPARISON, batch, config.padded_share, scratch)
         jobs = {system: make_job(config, system, facts, scratch) for system in COMPARISON.systems}
-        for system, part in parts.items():
-            write_cells(part, scratch / f"{system}.npz")
         exported = measure(bench_embed.export, jobs["ours_packed"])
         answers = take_turns(bench_embed.answer, jobs, config.repeats)
         vectors = {system: np.load(scratch / f"{system}.npy") for system in COMPARISON.systems}
     results = describe_run(COMPARISON.name, VERSION, arguments) | {
-        "gpu": answers["ours_packed"][-1]["gpu"],
-        "versions": {name: answers["ours_packed"][-1][name] for name in ("torch", "transformers")},
         "settings": config_to_dict(config),
         "cells": facts | {"parameters": exported["parameters"]},
         "agreement": check_agreement(
             vectors, every={"hf_padded": config.padded_share}, tolerance=TOLERANCES[config.precision]
         ),
     }
-    for system, part in parts.items():
-        seconds = [second for answer in answers[system] for second in answer["seconds"]]
-        results[system] = summarise(seconds, cells=len(part), tokens=len(part.tokens))
-        results[system]["gpu_bytes"] = answers[system][-1]["gpu_bytes"]
-    results["ratios"] = compare(COMPARISON, results)
+    results |= summarise_all(COMPARISON, answers, parts)
     print(write_results(COMPARISON, results, out, describe_notes(results)))
 
 
 def make_job(config: Config, system: str, facts: Mapping[str, Any], scratch: Path) -> Job:
     """What `bench_embed.py` is asked; the model is that of the shipped config of the shape."""
-    run = load_config(
-        RunConfig,
-        CONFIGS / f"geneformer_{config.shape}.yaml",
-        [
-            "data.paths=none",
-            "out=none",
-            f"data.max_length={config.max_length}",
-            f"model.max_positions={config.max_length}",
-            f"model.initial_standard_deviation={config.standard_deviation}",
-        ],
+    run = load_run(
+        config.shape,
+        precision=config.precision,
+        max_length=config.max_length,
+        settings=[f"model.initial_standard_deviation={config.standard_deviation}"],
     )
     return {
         "system": system,

@@ -5,10 +5,10 @@
 
 `torchrun` starts each number of processes on this machine (gloo on a CPU, nccl on CUDA), which then train under one
 layout after another on the same cells: `data` parallel, `data_distributed` (with the distributed optimizer), `tensor`,
-`sequence` (tensor with sequence parallelism) and `pipeline`. Each process has the same number of threads. Tokens a
-second are real ones; efficiency is the rate a process, over that of the fewest processes. Bytes are those that a
-process sends in a step, on average over the processes, where every collective is a ring: counted from the tensors that
-are handed to `torch.distributed`, and by the formulas of `celltron plan`.
+`sequence` (tensor with sequence parallelism), `context` and `pipeline`. Each process has the same number of threads.
+Tokens a second are real ones; efficiency is the rate a process, over that of the fewest processes. Bytes are those that
+a process sends in a step, on average over the processes, where every collective is a ring: counted from the tensors
+that are handed to `torch.distributed`, and by the formulas of `celltron plan`.
 
 Written to the folder `--out`: `scaling.json`, `.txt`, `.md` (for RESULTS.md) and `.png`.
 """
@@ -25,11 +25,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from celltron.cells import Batch
-from celltron.core import InputError, config_to_dict, load_config, parse_arguments, run_command, write_atomically
-from celltron.recipes.benchmarks.bench_compare import CELLS, CONFIGS, Job, describe_run, draw_cells, headline
+from celltron.core import InputError, config_to_dict, parse_arguments, run_command, write_atomically
+from celltron.recipes.benchmarks.bench_compare import CELLS, Job, describe_run, draw_cells, headline, load_run
 from celltron.recipes.benchmarks.bench_compare import write_cells as write_batch
 from celltron.recipes.benchmarks.bench_scaling_report import compare_rates, draw, format_markdown, format_text
-from celltron.recipes.geneformer_pretrain import Config as RunConfig
+from celltron.recipes.shared.pretrain_config import Config as RunConfig
 
 HERE = Path(__file__).resolve().parent
 VERSION = 1
@@ -41,6 +41,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data_distributed": {"distributed_optimizer": True},
     "tensor": {"tensor": 0},
     "sequence": {"tensor": 0, "sequence_parallel": True},
+    "context": {"context": 0},
     "pipeline": {"pipeline": 0},
 }
 """Of `ParallelConfig`; 0 stands for the number of processes."""
@@ -163,7 +164,7 @@ def list_runs(config: Config, num_processes: int, batch: Batch, scratch: Path) -
         path = scratch / f"{mode}.{num_processes}.npz"
         write_batch(cells, path)
         for layout in config.chosen_layouts if num_processes > 1 else ["one"]:
-            run = load_run(config, layout, num_processes, len(cells))
+            run = load_layout(config, layout, num_processes, len(cells))
             if run is None:
                 continue
             yield {
@@ -180,30 +181,21 @@ def list_runs(config: Config, num_processes: int, batch: Batch, scratch: Path) -
             return
 
 
-def load_run(config: Config, layout: str, num_processes: int, num_cells: int) -> RunConfig | None:
+def load_layout(config: Config, layout: str, num_processes: int, num_cells: int) -> RunConfig | None:
     """The shipped config of the shape under a layout; None where the shape cannot be cut like that, which is said."""
     degrees = {name: degree or num_processes for name, degree in LAYOUTS.get(layout, {}).items()}
     try:
-        return load_config(
-            RunConfig,
-            CONFIGS / f"geneformer_{config.shape}.yaml",
-            [
-                "data.paths=none",
-                "out=none",
-                f"precision={config.precision}",
-                f"data.max_length={config.max_length}",
-                f"model.max_positions={config.max_length}",
+        return load_run(
+            config.shape,
+            precision=config.precision,
+            max_length=config.max_length,
+            settings=[
                 "model.attention_dropout=0.0",
                 *(f"parallel.{name}={str(degree).lower()}" for name, degree in degrees.items()),
-                "loop.packing=true",
                 f"loop.micro_batch_size={config.pack_cells}",
                 f"loop.global_batch_size={num_cells}",
                 f"loop.max_steps={config.steps + 2}",
                 f"loop.seed={config.seed}",
-                "loop.validate_every=0",
-                "loop.save_every=0",
-                "loop.log_every=1000000",
-                "schedule.warmup_steps=0",
             ],
         )
     except InputError as error:

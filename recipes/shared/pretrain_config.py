@@ -6,7 +6,7 @@ from typing import Literal
 from celltron.cells.corpus import DataConfig
 from celltron.models.geneformer import GeneformerConfig
 from celltron.train.engine import EngineConfig
-from celltron.train.loop import LoopConfig
+from celltron.train.loop_config import LoopConfig
 from celltron.train.optimizer import OptimizerConfig
 from celltron.train.parallel import ParallelConfig
 from celltron.train.precision import Precision
@@ -34,8 +34,10 @@ FLAGS = {
     "--warmup-steps": "schedule.warmup_steps",
     "--tensor-parallel": "parallel.tensor",
     "--pipeline-parallel": "parallel.pipeline",
+    "--context-parallel": "parallel.context",
     "--sequence-parallel": "parallel.sequence_parallel",
     "--distributed-optimizer": "parallel.distributed_optimizer",
+    "--fsdp": "parallel.fsdp",
 }
 
 
@@ -59,7 +61,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How processes divide the work."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """What is kept in memory, and what runs beside what."""
+    """What is kept in memory, what runs beside what, and what layers are built of."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -85,8 +87,30 @@ class Config:
             )
         self.schedule.check_length(self.loop.max_steps)
         self.model.check_layout(tensor_parallel=self.parallel.tensor, pipeline_parallel=self.parallel.pipeline)
+        self.engine.check_precision(self.precision)
+        self._check_widths()
+        if self.engine.fp8 != "none" and self.parallel.fsdp:
+            raise ValueError(
+                f"engine.fp8 is {self.engine.fp8} with parallel.fsdp, but 8-bit copies of weights are not split; set "
+                "engine.fp8=none, or parallel.fsdp=false"
+            )
+
+    def _check_widths(self) -> None:
+        multiple = self.parallel.tensor * self.engine.rows_multiple
+        for name in ("hidden_size", "ffn_hidden_size"):
+            width = getattr(self.model, name)
+            if self.engine.fp8 != "none" and width % multiple:
+                raise ValueError(
+                    f"engine.fp8 is {self.engine.fp8}, which wants widths that are a multiple of {multiple} with "
+                    f"parallel.tensor {self.parallel.tensor}, but model.{name} is {width}; set engine.fp8=none, or "
+                    "change the width"
+                )
 
     @property
     def padding_multiple(self) -> int:
-        """What the padded length of a micro-batch is a multiple of: sequence parallelism cuts it into equal parts."""
-        return self.parallel.tensor if self.parallel.sequence_parallel else 1
+        """What a row's padded length is a multiple of.
+
+        Context parallelism cuts it equally, sequence parallelism again, and 8-bit products want a multiple of theirs.
+        """
+        num_parts = self.parallel.context * (self.parallel.tensor if self.parallel.sequence_parallel else 1)
+        return num_parts * self.engine.rows_multiple

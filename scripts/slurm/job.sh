@@ -5,11 +5,12 @@
 # - `#SBATCH --signal=B:USR1@180` sends USR1 to the batch script alone, 180 s before the time limit, and before a
 #   pre-emption where the cluster has PreemptParameters=send_user_signal.
 # - The script hands it on as one SIGTERM to every task: celltron ends its training step, saves and leaves. It does so
-#   with scancel, since srun answers a SIGTERM by killing its tasks; and once, since a second one ends celltron unsaved.
+#   with scancel, since srun answers a SIGTERM by killing its tasks.
 # - SIGTERM reaches the script itself at a pre-emption and at `scancel JOB`. It is handed on, and the job queued again,
 #   only where SLURM is not ending the job by itself.
 
-# Seconds that a run has for saving; fewer than in --signal=B:USR1@..., which leaves time to queue the job again.
+# Seconds that a run has for saving: more than its loop.stop_seconds and torchrun's --shutdown-timeout, and fewer than
+# in --signal=B:USR1@..., which leaves time to queue the job again.
 STOP_SECONDS=${STOP_SECONDS:-150}
 # Times that one job is queued again, so that a job that gets nowhere ends.
 MAX_REQUEUES=${MAX_REQUEUES:-100}

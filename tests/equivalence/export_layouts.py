@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import save_file
 
@@ -26,6 +25,7 @@ from celltron.models.geneformer import Geneformer, GeneformerConfig, ModelShape,
 from celltron.models.layers.initialise import draw_parameter
 from celltron.recipes import geneformer_export_hf, geneformer_import_hf
 from celltron.train.checkpoint import MODEL_METADATA, Checkpoints, RunState, load_training
+from celltron.train.fully_sharded import DataParallel
 from celltron.train.launch import Launch, read_launch, start_process_group
 from celltron.train.optimizer import OptimizerConfig, set_learning_rate, wrap_model
 from celltron.train.parallel import ParallelConfig, start_model_parallel
@@ -47,6 +47,7 @@ CONFIG = GeneformerConfig(
 ON_FOUR_RANKS = {
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
     "tp2_sp_pp2": ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True, distributed_optimizer=True),
+    "tp2_fsdp2": ParallelConfig(tensor=2, fsdp=True),
 }
 ON_ONE_RANK = {"one": torch.float32, "one_bf16": torch.bfloat16}
 
@@ -84,7 +85,11 @@ def save(folder: Path, name: str, parallel: ParallelConfig, dtype: torch.dtype, 
     )
     scramble(model)
     wrapped, optimizer = wrap_model(
-        model, OptimizerConfig(), dtype=dtype, distributed_optimizer=parallel.distributed_optimizer
+        model,
+        OptimizerConfig(),
+        dtype=dtype,
+        distributed_optimizer=parallel.distributed_optimizer,
+        fsdp=parallel.fsdp,
     )
     wrapped.eval()
     write_logits(folder / f"{name}.safetensors", wrapped)
@@ -112,7 +117,7 @@ def travelling_files(folder: Path) -> dict[str, str]:
 
 
 @torch.no_grad()
-def write_logits(path: Path, wrapped: DistributedDataParallel) -> None:
+def write_logits(path: Path, wrapped: DataParallel) -> None:
     """Run Megatron's schedule forward; one rank of the last stage writes each micro-batch's logits [B x S, V]."""
 
     def collect(logits_local: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
@@ -134,7 +139,8 @@ def write_logits(path: Path, wrapped: DistributedDataParallel) -> None:
         forward_only=True,
         collect_non_loss_data=True,
     )
-    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    if parallel_state.is_pipeline_last_stage() and ranks == (0, 0):
         save_file({str(place): logits.contiguous() for place, logits in enumerate(collected)}, path)
 
 

@@ -18,7 +18,7 @@ from celltron.train.checkpoint import read_run_state, verify_checkpoint
 
 PROGRAM = Path(__file__).with_name("export_layouts.py")
 NUM_RANKS = 4
-IN_FLOAT32 = ("tp2_pp2", "tp2_sp_pp2", "one")
+IN_FLOAT32 = ("tp2_pp2", "tp2_sp_pp2", "tp2_fsdp2", "one")
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,26 @@ WORLD_SIZES = {
     "tp2_sp_packed": 2,
     "pp2_packed": 2,
     "dp2_packed": 2,
+    "cp2": 2,
+    "cp2_packed": 2,
+    "tp2_sp_cp2_packed": 4,
+    "cp2_zero": 2,
+    "fsdp3": 3,
+    "tp2_sp_fsdp2": 4,
+    "cp2_fsdp_full": 2,
     "one_pre_norm": 1,
     "tp2_sp_pp2_pre_norm": 4,
+    "cp2_pp2_full_pre_norm": 4,
     "one_clipped": 1,
     "tp2_pp2_clipped": 4,
     "dp2_zero_clipped": 2,
     "one_fp32": 1,
     "tp2_fp32": 2,
     "dp2_zero_bf16": 2,
+    "fsdp2_bf16": 2,
+    "one_bf16": 1,
+    "one_wide": 1,
+    "tp2_sp_pp2_wide": 4,
     "one_dropout": 1,
     "one_dropout_selective": 1,
     "one_dropout_full": 1,
@@ -48,7 +60,10 @@ WORLD_SIZES = {
     "tp2_sp_pp2_dropout": 4,
 }
 PACKED = ["one_packed", "tp2_packed", "tp2_sp_packed", "pp2_packed", "dp2_packed"]
-EXACT = ["tp2", "tp2_sp", "pp2", "dp2", "dp2_zero", "tp2_pp2", "tp2_sp_pp2", "tp2_sp_full", "dp2_overlap", *PACKED]
+CONTEXT = ["cp2", "cp2_packed", "tp2_sp_cp2_packed", "cp2_zero"]
+EXACT = ["tp2", "tp2_sp", "pp2", "dp2", "dp2_zero", "tp2_pp2", "tp2_sp_pp2", "tp2_sp_full", "dp2_overlap"]
+FULLY_SHARDED = ["fsdp3", "tp2_sp_fsdp2", "cp2_fsdp_full"]
+EXACT += PACKED + CONTEXT + FULLY_SHARDED
 
 # Sums of some thousand terms of size 1 in another order: 1e-16 each, and six Adam steps, which divide by the root of
 # the gradient's own mean square, carry on what they are given.
@@ -144,6 +159,28 @@ def test_packed_micro_batches_hold_whole_cells_without_padding(runs: dict[str, R
         assert sum(packed["widths"]) == packed["num_tokens"] < sum(2 * width for width in padded["widths"])
 
 
+@pytest.mark.parametrize("name", CONTEXT)
+def test_context_parallel_processes_hold_parts_of_like_size_of_the_same_rows(runs: dict[str, Run], name: str) -> None:
+    (alone,) = runs["one" if name == "cp2" else "one_packed"].ranks
+    left, right = ({rank["context_rank"]: rank for rank in runs[name].ranks}[place] for place in (0, 1))
+    multiple = 4 if name == "tp2_sp_cp2_packed" else 2
+    assert left["widths"] == right["widths"] == [-(-width // multiple) * multiple // 2 for width in alone["widths"]]
+    assert any(left["num_masked"]) and any(right["num_masked"])
+    assert [sum(both) for both in zip(left["num_masked"], right["num_masked"], strict=True)] == alone["num_masked"]
+
+
+def test_fully_sharded_processes_hold_parts_and_have_equally_many_micro_batches(runs: dict[str, Run]) -> None:
+    ranks = runs["fsdp3"].ranks
+    rows = [rank["arrays"]["0 parameter embedding.token_type_embeddings.weight"].shape[0] for rank in ranks]
+    assert rows == [1, 1, 0]
+    rows = [rank["arrays"]["0 parameter embedding.word_embeddings.weight"].shape[0] for rank in ranks]
+    assert rows[0] == rows[1] > rows[2] > 0
+    # Two cells of eight make one micro-batch, and three make two.
+    assert [len(rank["widths"]) for rank in ranks] == [2 * NUM_STEPS] * 3
+    assert ranks[0]["widths"][1::2] == [1] * NUM_STEPS and ranks[0]["num_masked"][1::2] == [0] * NUM_STEPS
+    assert min(ranks[1]["widths"]) > 1
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_initial_weights_are_the_same_bits(runs: dict[str, Run], name: str) -> None:
     expected, found = runs["one"].whole("parameter", 0), runs[name].whole("parameter", 0)
@@ -166,7 +203,7 @@ def test_validation_losses_are_equal(runs: dict[str, Run], name: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT64)
 
 
-@pytest.mark.parametrize("name", [name for name in EXACT if name != "dp2_zero"])
+@pytest.mark.parametrize("name", [name for name in EXACT if "zero" not in name])
 @pytest.mark.parametrize("step", range(1, NUM_STEPS + 1))
 def test_gradients_are_equal(runs: dict[str, Run], name: str, step: int) -> None:
     difference, key = worst_difference(runs["one"].whole("gradient", step), runs[name].whole("gradient", step))
@@ -206,8 +243,11 @@ def test_parameters_gathered_late_are_those_of_the_step_before(runs: dict[str, R
     assert worst_difference(runs["dp2_zero_overlap"].whole("parameter", NUM_STEPS), expected)[0] < FLOAT64
 
 
-def test_the_pre_norm_variant_trains_packed_and_cut_in_every_way_as_on_one_process(runs: dict[str, Run]) -> None:
-    one, cut = runs["one_pre_norm"], runs["tp2_sp_pp2_pre_norm"]
+@pytest.mark.parametrize("name", ["tp2_sp_pp2_pre_norm", "cp2_pp2_full_pre_norm"])
+def test_the_pre_norm_variant_trains_packed_and_cut_in_every_way_as_on_one_process(
+    runs: dict[str, Run], name: str
+) -> None:
+    one, cut = runs["one_pre_norm"], runs[name]
     assert worst_difference(one.whole("parameter", 0), cut.whole("parameter", 0))[0] == 0.0
     for key in ("loss", "validation_loss"):
         np.testing.assert_allclose(cut.series(key), one.series(key), rtol=0, atol=FLOAT64)
@@ -249,6 +289,27 @@ def test_bfloat16_with_the_distributed_optimizer_learns(runs: dict[str, Run]) ->
     np.testing.assert_allclose(losses[0], runs["one"].series("loss")[0], rtol=3e-3)
     assert losses[-1] < losses[0] - 0.3
     assert (np.diff(runs["dp2_zero_bf16"].series("validation_loss")) < 0).all()
+
+
+def test_fully_sharded_bfloat16_is_that_of_the_distributed_optimizer(runs: dict[str, Run]) -> None:
+    """Both sum gradients in float32 and keep float32 parameters; only the order of sums differs."""
+    for key in ("loss", "validation_loss"):
+        found, expected = runs["fsdp2_bf16"].series(key), runs["dp2_zero_bf16"].series(key)
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_with_a_float32_residual_gradients_come_closer_to_the_exact_ones_in_any_layout(runs: dict[str, Run]) -> None:
+    """The pipeline hands float32 on, and sequence parallelism gathers what is rounded."""
+    exact = runs["one"].whole("gradient", 1)
+
+    def error(name: str) -> float:
+        found = runs[name].whole("gradient", 1)
+        return norm({key: found[key] - exact[key] for key in exact}) / norm(exact)
+
+    assert error("one_wide") < 0.8 * error("one_bf16")
+    assert error("tp2_sp_pp2_wide") < 0.8 * error("one_bf16")
+    one, cut = runs["one_wide"].series("loss"), runs["tp2_sp_pp2_wide"].series("loss")
+    np.testing.assert_allclose(cut, one, rtol=5e-3)
 
 
 def test_with_dropout_tensor_parallel_ranks_have_the_same_hidden_states(runs: dict[str, Run]) -> None:

@@ -1,6 +1,6 @@
 """Train a tiny Geneformer under many layouts and write down what every rank holds: run by `ranks.py`.
 
-`train_layouts.py FOLDER [LAYOUT ...]` writes
+`train_layouts.py FOLDER LAYOUT ...` writes
 
     FOLDER/<layout>.<rank>.npz        this rank's parts of the initial weights, and of gradients and parameters after
                                       every step
@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,25 +22,27 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.overrides import TorchFunctionMode
 
 from celltron.cells import NO_LABEL, Batch
 from celltron.cells.corpus import DataConfig
 from celltron.core import Vocabulary
-from celltron.models.geneformer import GeneformerConfig, build_geneformer
+from celltron.models.geneformer import GeneformerConfig
 from celltron.recipes.geneformer_pretrain import Config, forward_step, make_step_batch
-from celltron.train.checkpoint import MODEL_METADATA, RunState
-from celltron.train.engine import EngineConfig, recompute_settings
+from celltron.recipes.shared.pretrain_model import build_model
+from celltron.train.checkpoint import RunState
+from celltron.train.engine import EngineConfig
+from celltron.train.fully_sharded import FullyShardedModel
 from celltron.train.launch import Launch, start_process_group
-from celltron.train.loop import Job, LoopConfig, StepBatch, fit
+from celltron.train.loop import Job, StepBatch, fit
+from celltron.train.loop_config import LoopConfig
 from celltron.train.metrics import MetricsWriter
 from celltron.train.optimizer import OptimizerConfig, wrap_model
 from celltron.train.parallel import ParallelConfig, start_model_parallel
+from celltron.train.parameter_shards import shard_parameters
 from celltron.train.precision import DTYPES
 from celltron.train.schedule import ScheduleConfig
 
-CPU = torch.device("cpu")
 NUM_STEPS = 6
 VALIDATE_EVERY = 3
 VOCABULARY = Vocabulary.from_genes([f"ENSG{number:011}" for number in range(98)])
@@ -60,12 +63,17 @@ class Layout:
     variant: str = "post_norm"
     engine: dict[str, Any] = field(default_factory=dict)
     save_every: int = 1
+    device: str = "cpu"
 
 
 TP2 = {"tensor": 2}
 TP2_SP = {"tensor": 2, "sequence_parallel": True}
 PP2 = {"pipeline": 2}
+CP2 = {"context": 2}
 ZERO = {"distributed_optimizer": True}
+FSDP = {"fsdp": True}
+WIDE = {"fp32_residual": True}
+ON_GPU = {"device": "cuda", "packing": True, "precision": "bf16"}
 LAYOUTS = {
     "one": Layout(),
     "tp2": Layout(world_size=2, parallel=TP2),
@@ -80,14 +88,30 @@ LAYOUTS = {
     "tp2_sp_packed": Layout(world_size=2, parallel=TP2_SP, packing=True),
     "pp2_packed": Layout(world_size=2, parallel=PP2, packing=True),
     "dp2_packed": Layout(world_size=2, packing=True),
+    "cp2": Layout(world_size=2, parallel=CP2),
+    "cp2_packed": Layout(world_size=2, parallel=CP2, packing=True),
+    "tp2_sp_cp2_packed": Layout(world_size=4, parallel=TP2_SP | CP2, packing=True),
+    "cp2_zero": Layout(world_size=2, parallel=CP2 | ZERO, packing=True),
+    # Of three ranks the first has fewer micro-batches; rows are not divided evenly, and two token types leave one none.
+    "fsdp3": Layout(world_size=3, parallel=FSDP),
+    "tp2_sp_fsdp2": Layout(world_size=4, parallel=TP2_SP | FSDP, packing=True),
+    # Parameters are cut between context-parallel processes too.
+    "cp2_fsdp_full": Layout(world_size=2, parallel=CP2 | FSDP, packing=True, engine={"recompute": "full"}),
     "one_pre_norm": Layout(variant="pre_norm"),
     "tp2_sp_pp2_pre_norm": Layout(world_size=4, parallel=TP2_SP | PP2, packing=True, variant="pre_norm"),
+    "cp2_pp2_full_pre_norm": Layout(
+        world_size=4, parallel=CP2 | PP2, packing=True, variant="pre_norm", engine={"recompute": "full"}
+    ),
     "one_clipped": Layout(clip_gradient_norm=0.1),
     "tp2_pp2_clipped": Layout(world_size=4, parallel=TP2 | PP2, clip_gradient_norm=0.1),
     "dp2_zero_clipped": Layout(world_size=2, parallel=ZERO, clip_gradient_norm=0.1),
     "one_fp32": Layout(precision="fp32", clip_gradient_norm=1.0),
     "tp2_fp32": Layout(world_size=2, parallel=TP2, precision="fp32", clip_gradient_norm=1.0),
     "dp2_zero_bf16": Layout(world_size=2, parallel=ZERO, precision="bf16", clip_gradient_norm=1.0),
+    "fsdp2_bf16": Layout(world_size=2, parallel=FSDP, precision="bf16", clip_gradient_norm=1.0),
+    "one_bf16": Layout(precision="bf16"),
+    "one_wide": Layout(precision="bf16", engine=WIDE),
+    "tp2_sp_pp2_wide": Layout(world_size=4, parallel=TP2_SP | PP2, precision="bf16", engine=WIDE),
     "one_dropout": Layout(packing=True, dropout=0.2),
     "one_dropout_selective": Layout(packing=True, dropout=0.2, engine={"recompute": "selective"}),
     "one_dropout_full": Layout(packing=True, dropout=0.2, engine={"recompute": "full"}),
@@ -97,13 +121,30 @@ LAYOUTS = {
     "dp2_zero_overlap": Layout(world_size=2, parallel=ZERO, packing=True, engine={"overlap": True}, save_every=6),
     "tp2_dp2_dropout": Layout(world_size=4, parallel=TP2, dropout=0.2),
     "tp2_sp_pp2_dropout": Layout(world_size=4, parallel=TP2_SP | PP2, dropout=0.2),
+    # See test_gpu_layers.py.
+    "gpu_fp32": Layout(**ON_GPU | {"precision": "fp32"}),
+    "gpu_fp32_compiled": Layout(**ON_GPU | {"precision": "fp32"}, engine={"compile": True}),
+    "gpu_fp32_pre_norm": Layout(**ON_GPU | {"precision": "fp32"}, variant="pre_norm"),
+    "gpu_torch": Layout(**ON_GPU, engine={"layers": "torch"}),
+    "gpu_torch_wide": Layout(**ON_GPU, engine={"layers": "torch"} | WIDE),
+    "gpu_torch_pre_norm": Layout(**ON_GPU, engine={"layers": "torch"}, variant="pre_norm"),
+    "gpu_te": Layout(**ON_GPU, engine={"layers": "te"}),
+    "gpu_te_padded": Layout(**ON_GPU | {"packing": False}, engine={"layers": "te"}),
+    "gpu_te_wide": Layout(**ON_GPU, engine={"layers": "te"} | WIDE),
+    "gpu_te_compiled": Layout(**ON_GPU, engine={"layers": "te", "compile": True}),
+    "gpu_te_recomputed": Layout(**ON_GPU, engine={"layers": "te", "recompute": "full"}),
+    "gpu_te_pre_norm": Layout(**ON_GPU, engine={"layers": "te"}, variant="pre_norm"),
+    "gpu_tensorwise": Layout(**ON_GPU, engine={"fp8": "tensorwise"}),
+    "gpu_blockwise": Layout(**ON_GPU, engine={"fp8": "blockwise"}),
+    "gpu_te_dropout": Layout(**ON_GPU, engine={"layers": "te"}, dropout=0.2),
+    "gpu_compiled_dropout": Layout(**ON_GPU, engine={"layers": "torch", "compile": True}, dropout=0.2),
 }
 
 
 def make_config(layout: Layout) -> Config:
     return Config(
         out="unused",
-        device="cpu",
+        device=layout.device,  # type: ignore[arg-type]
         precision=layout.precision,  # type: ignore[arg-type]
         data=DataConfig(paths="unused", max_length=32),
         model=GeneformerConfig(
@@ -196,7 +237,7 @@ class Stream:
 
 def step_batch(config: Config, cells: list[tuple[np.ndarray, np.ndarray]]) -> StepBatch:
     corpus: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocabulary=VOCABULARY))
-    return make_step_batch(config, corpus, batch_of(cells), CPU)
+    return make_step_batch(config, corpus, batch_of(cells), torch.device(config.device))
 
 
 def validation_batches(config: Config) -> Iterator[StepBatch]:
@@ -212,10 +253,9 @@ class Recorder:
         self.arrays: dict[str, np.ndarray] = {}
         self.parts: dict[str, dict[str, Any]] = {}
 
-    def record(self, step: int, module: torch.nn.Module, *, with_gradients: bool) -> None:
-        for name, entry in module.sharded_state_dict(metadata=dict(MODEL_METADATA)).items():
-            if not isinstance(entry, ShardedTensor):
-                continue
+    def record(self, step: int, model: Any, *, with_gradients: bool) -> None:
+        is_cut = isinstance(model, FullyShardedModel)
+        for name, entry in (model.shard_parameters() if is_cut else shard_parameters(model.module)).items():
             self.parts[name] = {
                 "key": entry.key,
                 "offset": list(entry.global_offset),
@@ -223,11 +263,12 @@ class Recorder:
             }
             self.arrays[f"{step} parameter {name}"] = to_array(entry.data)
             if with_gradients:
-                self.arrays[f"{step} gradient {name}"] = to_array(entry.data.main_grad)
+                gradient = entry.data.grad if is_cut else entry.data.main_grad
+                self.arrays[f"{step} gradient {name}"] = to_array(gradient)
 
     def begin(self, state: RunState, model: Any, optimizer: Any) -> None:
         # The distributed optimizer leaves a rank only its part of the summed gradients.
-        self.record(state.step, model.module, with_gradients=not state.distributed_optimizer)
+        self.record(state.step, model, with_gradients=not state.distributed_optimizer)
 
     def poll(self) -> None:
         """Kept already, as for the two below."""
@@ -236,7 +277,7 @@ class Recorder:
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach()
+    tensor = tensor.detach().cpu()
     return (tensor.double() if tensor.dtype is torch.bfloat16 else tensor).numpy().copy()
 
 
@@ -281,16 +322,8 @@ def train(layout: Layout, rank: int, folder: Path, name: str) -> None:
     config = make_config(layout)
     dtype = DTYPES[config.precision]
     start_model_parallel(config.parallel, seed=config.loop.seed)
-    model = build_geneformer(
-        config.model,
-        num_tokens=len(VOCABULARY),
-        dtype=dtype,
-        sequence_parallel=config.parallel.sequence_parallel,
-        seed=config.loop.seed,
-        **recompute_settings(config.engine.recompute),
-    )
+    model = build_model(config, num_tokens=len(VOCABULARY))
     recorder, stream = Recorder(), Stream(config)
-    recorder.record(0, model, with_gradients=False)
     hidden_states = record_hidden_states(model)
     wrapped, optimizer = wrap_model(
         model,
@@ -298,7 +331,9 @@ def train(layout: Layout, rank: int, folder: Path, name: str) -> None:
         dtype=dtype,
         distributed_optimizer=config.parallel.distributed_optimizer,
         overlap=config.engine.overlap,
+        fsdp=config.parallel.fsdp,
     )
+    recorder.record(0, wrapped, with_gradients=False)
     (folder / name).mkdir(exist_ok=True)
     job = Job(
         model=wrapped,
@@ -311,12 +346,15 @@ def train(layout: Layout, rank: int, folder: Path, name: str) -> None:
         checkpoints=recorder,  # type: ignore[arg-type]
         metrics=MetricsWriter(folder / name, is_main=rank == 0, first_step=1),
     )
-    with DrawnDropout() as drawn:
+    drawn = DrawnDropout()
+    # What is compiled cannot be watched.
+    with nullcontext() if config.engine.compile else drawn:
         fit(config.loop, job)
     facts = {
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
         "pipeline_rank": parallel_state.get_pipeline_model_parallel_rank(),
         "data_rank": parallel_state.get_data_parallel_rank(),
+        "context_rank": parallel_state.get_context_parallel_rank(),
         "widths": stream.widths,
         "num_masked": stream.num_masked,
         "num_tokens": stream.num_tokens,
@@ -331,17 +369,21 @@ def train(layout: Layout, rank: int, folder: Path, name: str) -> None:
 
 def main() -> None:
     """Train every layout, each in a process group of its own over the first ranks."""
-    folder, names = Path(sys.argv[1]), sys.argv[2:] or list(LAYOUTS)
-    rank = torch.distributed.get_rank()
-    torch.distributed.destroy_process_group()
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    rank = 0
+    if torch.distributed.is_initialized():  # by ranks.py, whose processes are forked, as none with a GPU may be
+        rank = torch.distributed.get_rank()
+        torch.distributed.destroy_process_group()
     for name in names:
         world_size = LAYOUTS[name].world_size
         if rank >= world_size:
             continue
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/{name}.rendezvous", rank=rank, world_size=world_size
-        )
-        start_process_group(Launch(rank=rank, world_size=world_size), CPU)
+        device = torch.device("cuda", rank) if LAYOUTS[name].device == "cuda" else torch.device("cpu")
+        if device.type == "cpu":
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{folder}/{name}.rendezvous", rank=rank, world_size=world_size
+            )
+        start_process_group(Launch(rank=rank, world_size=world_size), device)
         train(LAYOUTS[name], rank, folder, name)
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()

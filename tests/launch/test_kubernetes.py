@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from celltron.train.interrupt import DEADLINE_SECONDS
+from celltron.train.loop_config import LoopConfig
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "scripts" / "kubernetes" / "pytorchjob.yaml"
@@ -98,7 +98,7 @@ def test_a_process_has_a_gpu(container: Any) -> None:
 
 def test_a_pod_has_time_to_save(pod: Any, container: Any) -> None:
     (timeout,) = (word for word in container["command"] if word.startswith("--shutdown-timeout="))
-    assert DEADLINE_SECONDS < int(timeout.partition("=")[2]) < pod["terminationGracePeriodSeconds"]
+    assert LoopConfig().stop_seconds < int(timeout.partition("=")[2]) < pod["terminationGracePeriodSeconds"]
 
 
 def test_volumes_are_there(claim: Any, pod: Any, container: Any) -> None:

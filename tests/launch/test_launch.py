@@ -15,9 +15,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from celltron.cli import main as command_line
-from celltron.cli.launch import SAVING_SECONDS, SLURM_NOTICE_SECONDS, LaunchPlan, make_plan, submit
+from celltron.cli.launch import LaunchPlan, make_plan, submit
 from celltron.core import InputError
-from celltron.train.interrupt import DEADLINE_SECONDS
 
 TRAIN = ["train", "--config", "run.yaml", "--data", "my cells.store", "--out", "runs/$first", "loop.seed=3"]
 SLURM = ["--executor", "slurm", "--account", "lab"]
@@ -162,7 +161,7 @@ def test_local_plan() -> None:
     assert local.executor == "LocalExecutor" and local.name == "celltron"
     path = local.settings["env_vars"].pop("PATH")
     assert path.split(":")[0] == str(Path(sys.executable).parent), "torchrun lies beside python"
-    environment = {"PET_MAX_RESTARTS": "7", "PET_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS), "LOGLEVEL": "WARNING"}
+    environment = {"PET_MAX_RESTARTS": "7", "PET_SHUTDOWN_TIMEOUT": "120", "LOGLEVEL": "WARNING"}
     assert local.settings == {"ntasks_per_node": 2, "env_vars": environment}
 
 
@@ -170,7 +169,7 @@ def test_torchrun_reads_what_nemo_run_has_no_flags_for(monkeypatch: pytest.Monke
     for name, value in plan("--max-restarts", "7", *TRAIN).settings["env_vars"].items():
         monkeypatch.setenv(name, value)
     torchrun = get_args_parser().parse_args(["--nproc-per-node", "2", "--no-python", "celltron.sh"])
-    assert (torchrun.max_restarts, torchrun.shutdown_timeout) == (7, SAVING_SECONDS)
+    assert (torchrun.max_restarts, torchrun.shutdown_timeout) == (7, 120)
 
 
 def test_slurm_plan() -> None:
@@ -191,7 +190,14 @@ def test_slurm_plan() -> None:
         "signal": "TERM@180",
         "retries": 20,
     }
-    assert DEADLINE_SECONDS < SAVING_SECONDS < SLURM_NOTICE_SECONDS
+    assert environment["PET_SHUTDOWN_TIMEOUT"] == "120"
+
+
+def test_a_run_that_saves_slowly_is_given_its_time() -> None:
+    """SLURM waits for torchrun, and torchrun for the run."""
+    slurm = plan(*SLURM, *TRAIN, "loop.stop_seconds=299.5")
+    assert (slurm.settings["signal"], slurm.settings["env_vars"]["PET_SHUTDOWN_TIMEOUT"]) == ("TERM@380", "320")
+    assert plan(*TRAIN, "loop.stop_seconds=30").settings["env_vars"]["PET_SHUTDOWN_TIMEOUT"] == "50"
 
 
 def test_slurm_plan_in_a_container(folder: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from celltron.train.interrupt import DEADLINE_SECONDS
 from celltron.train.launch import Launch, read_launch
+from celltron.train.loop_config import LoopConfig
 
 SLURM = Path(__file__).parents[2] / "scripts" / "slurm"
 SCRIPTS = {path.stem: path for path in sorted(SLURM.glob("*.sbatch"))}
@@ -219,7 +219,7 @@ def test_options_and_variables_are_slurms(name: str) -> None:
     assert notice and stop and int(stop[1]) < int(notice[1])
     shutdown = re.search(r"--shutdown-timeout=(\d+)", body)
     assert bool(shutdown) == (name in TORCHRUN)
-    assert DEADLINE_SECONDS < int((shutdown or stop)[1]) <= int(stop[1])
+    assert LoopConfig().stop_seconds < int((shutdown or stop)[1]) <= int(stop[1])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

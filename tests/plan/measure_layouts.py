@@ -25,7 +25,7 @@ from celltron.recipes.geneformer_pretrain import Config, forward_step, make_step
 from celltron.train.count_bytes import CountBytes
 from celltron.train.engine import EngineConfig, Recompute, recompute_settings
 from celltron.train.launch import read_launch, start_process_group
-from celltron.train.loop import LoopConfig
+from celltron.train.loop_config import LoopConfig
 from celltron.train.optimizer import OptimizerConfig, set_learning_rate, wrap_model
 from celltron.train.parallel import ParallelConfig, start_model_parallel
 from celltron.train.precision import DTYPES, Precision
@@ -42,7 +42,7 @@ MODEL = GeneformerConfig(
     attention_dropout=0.0,  # with it a CPU has no fused attention, and keeps the scores
     vocabulary_multiple=16,
 )
-LENGTHS = np.random.default_rng(4).integers(10, 33, size=24) * 2  # even: sequence parallelism pads no pack
+LENGTHS = np.random.default_rng(4).integers(10, 33, size=24) * 2  # even: no pack is padded, to be cut in two
 MICRO_BATCH_SIZE = 4
 TP2_SP = ParallelConfig(tensor=2, sequence_parallel=True)
 ON_TWO_RANKS: dict[str, tuple[ParallelConfig, Precision, Recompute]] = {
@@ -51,6 +51,8 @@ ON_TWO_RANKS: dict[str, tuple[ParallelConfig, Precision, Recompute]] = {
     "tp2_sp": (TP2_SP, "fp32", "none"),
     "tp2_sp_full": (TP2_SP, "fp32", "full"),
     "pp2": (ParallelConfig(pipeline=2), "fp32", "none"),
+    "cp2": (ParallelConfig(context=2), "fp32", "none"),
+    "cp2_zero_selective": (ParallelConfig(context=2, distributed_optimizer=True), "fp32", "selective"),
     "dp2": (ParallelConfig(), "fp32", "none"),
     "dp2_zero": (ParallelConfig(distributed_optimizer=True), "fp32", "selective"),
     "dp2_bf16": (ParallelConfig(), "bf16", "none"),

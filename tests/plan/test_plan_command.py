@@ -98,6 +98,25 @@ def test_communication_can_hide_only_where_there_is_some() -> None:
     assert estimate(overlapped, replicas, 16).seconds["data"] == 0 < estimate(plain, replicas, 16).seconds["data"]
 
 
+def test_sharing_cells_spares_memory_and_takes_communication() -> None:
+    """Cells of 2,048 tokens by two processes each, against whole ones on half as many replicas' worth of GPUs."""
+    task = make_task("106m", "h100", num_cells=64)
+    whole, shared = Layout(parallel=ParallelConfig(), data=8), Layout(parallel=ParallelConfig(context=2), data=4)
+    alone, together = estimate(task, whole, 1), estimate(task, shared, 1)
+    assert alone.seconds["context"] == 0 < together.seconds["context"]
+    assert together.memory.activations < 0.8 * alone.memory.activations
+    assert together.memory.parameters == alone.memory.parameters
+    assert together.num_micro_batches == 2 * alone.num_micro_batches
+    assert together.cells_per_second < alone.cells_per_second
+
+
+def test_layouts_share_cells_as_configured(run_plan: Plan) -> None:
+    found = run_plan("--config", M106, "--gpus", 8, "--context-parallel", 2, "--json")
+    assert {one["context"] for one in [found["configured"], *found["layouts"]]} == {2}
+    assert all(one["tensor"] * one["pipeline"] * one["data"] == 4 for one in found["layouts"])
+    assert found["configured"]["sent_bytes"]["context"].keys() == {"all_gather", "reduce_scatter"}
+
+
 def test_recomputing_takes_time_and_spares_memory() -> None:
     task, layout = make_task("106m", "h100"), Layout(parallel=ParallelConfig(), data=8)
     tasks = [replace(task, recompute=how) for how in get_args(Recompute)]
@@ -124,7 +143,7 @@ def test_a_layout_that_does_not_fit_is_named(run_plan: Plan) -> None:
     wide = ["model.num_layers=48", "model.hidden_size=2560", "model.ffn_hidden_size=10240"]
     wide += ["model.num_attention_heads=40", "loop.micro_batch_size=1"]
     printed = run_plan("--config", M106, "--gpus", 2, *wide)
-    assert "tensor 1 x pipeline 1 x data 2 does not fit: " in printed
+    assert "tensor 1 x pipeline 1 x context 1 x data 2 does not fit: " in printed
     (configured,) = (line for line in printed.splitlines() if line.endswith("as configured"))
     assert " ! " in configured
     found = run_plan("--config", M106, "--gpus", 2, *wide, "--json")
@@ -164,6 +183,7 @@ def test_short_cells_are_faster_and_packs_are_fewer(run_plan: Plan, tiny_store: 
         (["--gpus", "6", "--tensor-parallel", "3"], "num_attention_heads is 4, which parallel.tensor (3) does not"),
         (["--gpus", "8", "--pipeline-parallel", "4"], "num_layers is 6, which parallel.pipeline (4) does not divide"),
         (["--gpus", "7", "--tensor-parallel", "2"], "does not divide the 7 processes"),
+        (["--gpus", "8", "--fsdp"], "parallel.fsdp is true, for which plan has no formulas"),
         (["--gpus", "4096"], "global_batch_size 2048 is less than the 4096"),
         (["--gpus", "8", "--precision", "fp64"], "precision is fp64"),
         (["--gpus", "8", "--mean-length", "4000"], "mean_length is 4000"),

@@ -73,7 +73,7 @@ def test_help_tells_of_every_key(recipe: Path, warm_python: Any) -> None:
 
 def test_flags_of_the_pretraining() -> None:
     batches = "--micro-batch-size --global-batch-size --seq-length --max-steps --lr --precision --out --resume --data"
-    parallel = "--tensor-parallel --pipeline-parallel --sequence-parallel"
+    parallel = "--tensor-parallel --pipeline-parallel --context-parallel --sequence-parallel"
     assert {*batches.split(), *parallel.split()} <= set(FLAGS)
 
 

@@ -30,6 +30,16 @@ def test_losses_equal_those_of_the_cpu(tiny_config: Path, tiny_store: Path, tmp_
     assert on_gpu == pytest.approx(on_cpu, rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fully_sharded_losses_equal_those_of_replicas(
+    tiny_config: Path, tiny_store: Path, tmp_path: Path, precision: str
+) -> None:
+    settings = ["--device", "cuda", "--precision", precision]
+    replicated = train(tiny_config, tiny_store, tmp_path / "replicated", *settings)
+    cut = train(tiny_config, tiny_store, tmp_path / "cut", *settings, "--fsdp")
+    assert cut == pytest.approx(replicated, rel=1e-4 if precision == "fp32" else 1e-2)
+
+
 def test_bf16_follows_fp32(tiny_config: Path, tiny_store: Path, tmp_path: Path) -> None:
     in_fp32 = train(tiny_config, tiny_store, tmp_path / "fp32", "--device", "cuda")
     in_bf16 = train(tiny_config, tiny_store, tmp_path / "bf16", "--device", "cuda", "--precision", "bf16")

@@ -134,6 +134,17 @@ def test_weights_without_a_context(folder: Path) -> None:
     assert not (folder / "bare.hf" / "gene_median_dictionary.json").exists()
 
 
+def test_no_run_is_resumed_from_an_import(
+    folder: Path, celltron: Callable[..., Any], tiny_config: Path, tiny_h5ad: Path, tmp_path: Path
+) -> None:
+    arguments = ["--config", tiny_config, "--data", tiny_h5ad, "--out", tmp_path / "runs" / "first"]
+    ended = celltron("train", *arguments, "--resume", folder / "joined_fused" / "checkpoint")
+    assert ended.code == 2
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("celltron: error: ")]
+    assert "checkpoint holds a model without an optimizer's state" in line and "give a checkpoint of a run" in line
+    assert list(tmp_path.iterdir()) == [], "neither cells nor folders"
+
+
 def read_index(nemo: Path) -> Metadata:
     with (nemo / "weights" / ".metadata").open("rb") as stream:
         index = pickle.load(stream)

@@ -9,7 +9,7 @@ import pytest
 from celltron.recipes.benchmarks.bench_scaling_report import compare_rates
 
 PROGRAM = Path(__file__).parents[2] / "recipes" / "benchmarks" / "scaling.py"
-LAYOUTS = ["data", "data_distributed", "tensor", "sequence", "pipeline"]
+LAYOUTS = ["data", "data_distributed", "tensor", "sequence", "context", "pipeline"]
 SCALARS = 100
 """Bytes that a step sends besides what the formulas count: sums of losses and counts, norms, flags."""
 
@@ -31,6 +31,7 @@ def test_layouts_are_measured_and_their_bytes_are_those_of_the_formulas(warm_pyt
             assert abs(part["counted"] - part["formula"]) <= SCALARS, (run["layout"], part)
     kinds = {run["layout"]: {(part["group"], part["kind"]) for part in run["sent"]} for run in runs}
     assert ("data", "reduce_scatter") in kinds["data_distributed"] and ("pipeline", "send") in kinds["pipeline"]
+    assert ("context", "all_gather") in kinds["context"]
     assert ("tensor", "all_gather") in kinds["sequence"] and ("tensor", "all_gather") not in kinds["tensor"]
     assert "tensor" in (tmp_path / "scaling.txt").read_text()
     assert "| weak | pipeline | 2 |" in (tmp_path / "scaling.md").read_text()

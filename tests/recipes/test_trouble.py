@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from celltron.core.durable import lock_folder
 from celltron.train.checkpoint import verify_checkpoint
+from celltron.train.run_folder import RUN_MARK_NAME
 
 BREAK_WRITES = Path(__file__).with_name("break_writes.py")
 RANKS = Path(__file__).parents[1] / "equivalence" / "ranks.py"
@@ -100,6 +102,22 @@ def test_full_disk_on_one_of_two_processes(
     assert "No space left on device" in ended.stderr or "another process" in ended.stderr
     # The main process may be ended before it has cleaned up; the next start does.
     assert not list((tmp_path / "run" / "checkpoints").glob("[!.]*"))
+
+
+def test_a_second_run_in_a_folder_leaves_the_first_as_it_was(
+    celltron: Celltron, tiny_config: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    lock = lock_folder(out)
+    assert lock
+    (out / RUN_MARK_NAME).write_text("process 7 on node8, since 2026-01-01 10:00 UTC\n")
+    before = listing(tmp_path)
+    arguments = ["--config", tiny_config, "--data", tiny_store, "--out", out, "--resume=auto"]
+    sentence = sentence_of(celltron("train", *arguments))
+    os.close(lock)
+    assert f"{out} is in use by another run (process 7 on node8, since 2026-01-01 10:00 UTC); stop" in sentence
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write where nobody may")

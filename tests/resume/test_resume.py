@@ -43,7 +43,12 @@ DP2_ZERO = Layout(2, ("--distributed-optimizer",))
 TP2 = Layout(2, ("--tensor-parallel=2",))
 TP2_ZERO = Layout(2, ("--tensor-parallel=2", "--distributed-optimizer"))
 PP2 = Layout(2, ("--pipeline-parallel=2",))
+CP2 = Layout(2, ("--context-parallel=2",))
+CP2_ZERO = Layout(2, ("--context-parallel=2", "--distributed-optimizer"))
 TP2_DP2 = Layout(4, ("--tensor-parallel=2",))
+FSDP2 = Layout(2, ("--fsdp",))
+# Two token types leave one of three processes none.
+FSDP3 = Layout(3, ("--fsdp",))
 
 Train = Callable[..., Any]
 
@@ -157,7 +162,7 @@ def read_batches(record: Path, layout: Layout) -> list[dict[str, list[Any]]]:
         [json.loads(line) for line in record.with_name(f"{record.name}.{rank}").read_text().splitlines()]
         for rank in range(layout.world_size)
     ]
-    if layout.flags and layout.flags[0] != "--distributed-optimizer":
+    if layout.flags and layout.flags[0] not in ("--distributed-optimizer", "--fsdp"):
         # Two ranks that share a replica of the model must have seen the same cells and masks.
         assert lines[::2] == lines[1::2]
         lines = lines[::2]
@@ -191,7 +196,7 @@ EXACT_NUMBERS = [
 @pytest.mark.parametrize(
     ("before", "after", "tolerance"),
     # In float64 only the order of sums differs; but a distributed optimizer is written in float32.
-    [(DP2, [TP2, PP2, ONE], 1e-9), (DP2_ZERO, [TP2_ZERO], 1e-6)],
+    [(DP2, [TP2, PP2, ONE], 1e-9), (DP2_ZERO, [TP2_ZERO, CP2_ZERO], 1e-6)],
     ids=["dp2", "dp2_zero"],
 )
 def test_another_layout_goes_on_with_the_same_cells_and_masks(
@@ -213,11 +218,13 @@ def test_another_layout_goes_on_with_the_same_cells_and_masks(
 
 
 def test_the_world_grows_and_shrinks(train: Train, whole: Path) -> None:
-    """1, 2, 4 processes and 1 again, another layout each time, in one folder: told to stop, and continued."""
+    """1, 2, 3, 4, 2 processes and 1 again, another layout each time, in one folder: told to stop, and continued."""
     fixed, run = whole.with_name("fixed in float64"), whole.with_name("elastic")
     assert train(fixed, ONE, *EXACT_NUMBERS).code == 0
     batches: list[dict[str, list[Any]]] = []
-    for layout, moment, code in [(ONE, "TERM@8", 143), (PP2, "TERM@17", 143), (TP2_DP2, "TERM@26", 143), (ONE, "-", 0)]:
+    layouts = [(ONE, 8), (CP2, 16), (FSDP3, 21), (TP2_DP2, 26), (FSDP2, 32), (ONE, None)]
+    for layout, last_step in layouts:
+        moment, code = ("-", 0) if last_step is None else (f"TERM@{last_step}", 143)
         record = run.with_name(f"elastic from {len(batches)}")
         ended = train(run, layout, *EXACT_NUMBERS, "--resume=auto", moment=moment, record=record)
         assert ended.code == code, ended.stderr

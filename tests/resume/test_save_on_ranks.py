@@ -5,7 +5,8 @@ from typing import Any
 
 PROGRAM = Path(__file__).with_name("save_on_ranks.py")
 RANKS = Path(__file__).parents[1] / "equivalence" / "ranks.py"
-CHECKS = ["replicated", "distributed", "full disk on 0", "full disk on 1", "full disk on 0 at the end"]
+CHECKS = ["replicated", "distributed", "kinds in float32", "kinds in bfloat16"]
+CHECKS += ["full disk on 0", "full disk on 1", "full disk on 0 at the end"]
 
 
 def test_two_ranks_save_together(warm_python: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import os
 import re
 import shlex
@@ -18,10 +19,10 @@ import psutil
 
 from celltron.core import InputError, parse_arguments
 
-SAVING_SECONDS = 120
-"""Time that torchrun leaves its processes for saving, once it is told to stop."""
-SLURM_NOTICE_SECONDS = 180
-"""How long before its time limit SLURM tells a job's steps to stop."""
+SPARE_SECONDS = 20
+"""What torchrun, once it is told to stop, leaves its processes besides the run's `loop.stop_seconds`."""
+SLURM_SPARE_SECONDS = 60
+"""What SLURM leaves torchrun besides, from telling a job's steps to stop to the job's time limit."""
 DEFAULT_TIME = "24:00:00"
 # Set by what the flags' names say; None where they were not given.
 _SLURM_ONLY = (
@@ -113,25 +114,28 @@ def make_plan(options: argparse.Namespace) -> LaunchPlan:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", options.name):
         raise InputError(f"--name is {options.name!r}, but must be of letters, digits, - and _")
-    arguments = check_train_arguments(options.arguments, (options.nodes or 1) * options.processes_per_node)
+    num_processes = (options.nodes or 1) * options.processes_per_node
+    arguments, stop_seconds = check_train_arguments(options.arguments, num_processes)
+    saving_seconds = math.ceil(stop_seconds) + SPARE_SECONDS
     is_slurm = options.executor == "slurm"
     in_container = options.container_image is not None
     python = "python" if in_container else sys.executable
     return LaunchPlan(
         name=options.name,
         executor="SlurmExecutor" if is_slurm else "LocalExecutor",
-        settings=_slurm_settings(options) if is_slurm else _local_settings(options),
+        settings=(_slurm_settings if is_slurm else _local_settings)(options, saving_seconds),
         # NeMo-Run starts it elsewhere; `exec` makes torchrun's signals reach celltron itself.
         script=f"cd {shlex.quote(str(Path.cwd()))} || exit\n"
         + f"exec {shlex.join([python, '-m', 'celltron.cli.main', options.command, *arguments])}\n",
     )
 
 
-def check_train_arguments(arguments: Sequence[str], num_processes: int) -> list[str]:
+def check_train_arguments(arguments: Sequence[str], num_processes: int) -> tuple[list[str], float]:
     """Read the arguments as `celltron train` will, before a job waits for hours to be refused.
 
     Returns:
-        The arguments with `--resume auto`, by which a run that is started anew continues.
+        The arguments with `--resume auto`, by which a run that is started anew continues; the run's
+        `loop.stop_seconds`.
 
     Raises:
         InputError: `celltron train` would refuse them, or a restart could not continue.
@@ -145,30 +149,30 @@ def check_train_arguments(arguments: Sequence[str], num_processes: int) -> list[
             f"resume is {config.resume!r}, but a run that celltron launch restarts can only continue with auto; "
             "leave it out, or use celltron train"
         )
-    return [*arguments, *([] if config.resume else ["--resume", "auto"])]
+    return [*arguments, *([] if config.resume else ["--resume", "auto"])], config.loop.stop_seconds
 
 
-def _torchrun_environment(options: argparse.Namespace) -> dict[str, str]:
+def _torchrun_environment(options: argparse.Namespace, saving_seconds: int) -> dict[str, str]:
     """What torchrun reads in place of flags that NeMo-Run does not know."""
     return {
         "PET_MAX_RESTARTS": str(options.max_restarts),
-        "PET_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS),
+        "PET_SHUTDOWN_TIMEOUT": str(saving_seconds),
         "LOGLEVEL": "WARNING",
     }
 
 
-def _local_settings(options: argparse.Namespace) -> dict[str, Any]:
+def _local_settings(options: argparse.Namespace, saving_seconds: int) -> dict[str, Any]:
     for name in _SLURM_ONLY:
         if getattr(options, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} is given, but the executor is local; give --executor slurm")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return {
         "ntasks_per_node": options.processes_per_node,
-        "env_vars": _torchrun_environment(options) | {"PATH": path},
+        "env_vars": _torchrun_environment(options, saving_seconds) | {"PATH": path},
     }
 
 
-def _slurm_settings(options: argparse.Namespace) -> dict[str, Any]:
+def _slurm_settings(options: argparse.Namespace, saving_seconds: int) -> dict[str, Any]:
     if not options.account:
         raise InputError("--executor slurm needs --account; give the one that pays for the job")
     if options.container_mounts and not options.container_image:
@@ -179,9 +183,9 @@ def _slurm_settings(options: argparse.Namespace) -> dict[str, Any]:
         "nodes": options.nodes or 1,
         "ntasks_per_node": options.processes_per_node,
         # To the steps, not to the batch script: that queues the job again when a step ends badly.
-        "signal": f"TERM@{SLURM_NOTICE_SECONDS}",
+        "signal": f"TERM@{saving_seconds + SLURM_SPARE_SECONDS}",
         "retries": 20 if options.requeues is None else options.requeues,
-        "env_vars": _torchrun_environment(options),
+        "env_vars": _torchrun_environment(options, saving_seconds),
     }
     gpus_per_node = options.processes_per_node if options.gpus_per_node is None else options.gpus_per_node
     if gpus_per_node:

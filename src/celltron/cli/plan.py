@@ -60,6 +60,11 @@ class Config(RunConfig):
             )
         if self.rows < 0:
             raise ValueError(f"rows is {self.rows}, but must not be negative")
+        if self.parallel.fsdp:
+            raise ValueError(
+                "parallel.fsdp is true, for which plan has no formulas; plan with parallel.fsdp=false: the layouts with a "
+                "distributed optimizer come closest"
+            )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -69,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     config.loop.check_batches(data)
     task, whence = make_task(config)
     configured = estimate(task, Layout(parallel=config.parallel, data=data), config.loop.micro_batch_size)
-    found = plan(task, config.gpus)
+    found = plan(task, config.gpus, context=config.parallel.context)
     if config.json:
         print(json.dumps(to_dict(config, task, configured, found), indent=1))
     else:
@@ -187,8 +192,9 @@ def describe(config: Config, task: Task, whence: str, configured: Estimate, foun
     if len(shown) < len(fitting):
         lines.append(f"and {len(fitting) - len(shown)} slower ones; --rows 0 prints all")
     lines += [
-        f"tensor {one.layout.parallel.tensor} x pipeline {one.layout.parallel.pipeline} x data {one.layout.data} does "
-        f"not fit: {one.memory.total / GIB:.1f} GiB with a micro-batch of {one.micro_batch_size}"
+        f"tensor {one.layout.parallel.tensor} x pipeline {one.layout.parallel.pipeline} x context "
+        f"{one.layout.parallel.context} x data {one.layout.data} does not fit: {one.memory.total / GIB:.1f} GiB with a "
+        f"micro-batch of {one.micro_batch_size}"
         for one in found
         if not one.fits
     ]
@@ -196,12 +202,14 @@ def describe(config: Config, task: Task, whence: str, configured: Estimate, foun
 
 
 _HEADER = (
-    "                    micro-                              GiB a GPU                                 MB sent a step",
-    " TP  PP   DP SP DO  batch   ms/step    cells/s   MFU    total param  grad optim activ logit other"
-    "    tensor  pipe    data",
+    "                        micro-                              GiB a GPU"
+    "                                     MB sent a step",
+    " TP  PP  CP   DP SP DO  batch   ms/step    cells/s   MFU    total param  grad optim activ logit other"
+    "    tensor context  pipe    data",
 )
 _LEGEND = (
-    "TP x PP x DP: tensor, pipeline and data parallel; SP: sequence parallel; DO: distributed optimizer.",
+    "TP x PP x CP x DP: tensor, pipeline, context (as configured) and data parallel; SP: sequence parallel; DO: "
+    "distributed optimizer.",
     "Micro-batches are in cells of full length. Memory is that of the largest stage; "
     f"{USABLE_SHARE:.0%} of a GPU's may be taken (! is beyond).",
     "Estimates from formulas and data sheets, of PyTorch's own layers; data loading is not counted. Sources: "
@@ -215,11 +223,11 @@ def _row(one: Estimate) -> str:
     parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.logits, other)
     sent = {group: sum(kinds.values()) / 1e6 for group, kinds in one.sent_bytes.items()}
     return (
-        f"{parallel.tensor:3d} {parallel.pipeline:3d} {one.layout.data:4d} "
+        f"{parallel.tensor:3d} {parallel.pipeline:3d} {parallel.context:3d} {one.layout.data:4d} "
         f"{'x' if parallel.sequence_parallel else '-':>2} {'x' if parallel.distributed_optimizer else '-':>2} "
         f"{one.micro_batch_size:6d} {1e3 * sum(one.seconds.values()):9,.1f} {one.cells_per_second:10,.0f} "
         f"{one.flops_share:5.0%}  {' ' if one.fits else '!'}{memory.total / GIB:6.1f} "
         + " ".join(f"{part / GIB:5.2f}" for part in parts)
-        + f" {sent.get('tensor', 0.0):9,.0f} {sent.get('pipeline', 0.0):5,.0f} "
+        + f" {sent.get('tensor', 0.0):9,.0f} {sent.get('context', 0.0):7,.0f} {sent.get('pipeline', 0.0):5,.0f} "
         f"{sent.get('data', 0.0) + sent.get('embedding', 0.0):7,.0f}"
     )

@@ -49,14 +49,14 @@ class Task:
     """Of the tokens."""
     max_length: int
     packing: bool
-    """As in `celltron.train.loop.LoopConfig`."""
+    """As in `celltron.train.loop_config.LoopConfig`."""
     gpu: Gpu
     recompute: Recompute = "none"
     overlap: bool = False
     """As in `celltron.train.engine.EngineConfig`."""
     mask_bytes: int = 1
     """Of a place of a dropout mask: PyTorch keeps bools on CUDA, values on a CPU."""
-    _cuts: dict[tuple[int, int], "Cut"] = field(default_factory=dict, init=False)
+    _cuts: dict[tuple[int, int, int], "Cut"] = field(default_factory=dict, init=False)
 
     @cached_property
     def flops(self) -> float:
@@ -71,14 +71,14 @@ class Task:
         sizes = [size for size in MICRO_BATCH_SIZES if size < 2 * num_cells]
         return [size for size in sizes if self.packing or len(self.lengths) % (size * data) == 0]
 
-    def cut(self, data: int, micro_batch_size: int) -> "Cut":
-        """Micro-batches of the replica that has the most cells."""
-        key = (data, micro_batch_size)
+    def cut(self, data: int, micro_batch_size: int, *, context: int = 1) -> "Cut":
+        """Micro-batches of the replica that has the most cells, or one of `context` equal parts of their rows."""
+        key = (data, micro_batch_size, context)
         if key not in self._cuts:
-            self._cuts[key] = self._cut(-(-len(self.lengths) // data), micro_batch_size)
+            self._cuts[key] = self._cut(-(-len(self.lengths) // data), micro_batch_size, context)
         return self._cuts[key]
 
-    def _cut(self, num_cells: int, micro_batch_size: int) -> "Cut":
+    def _cut(self, num_cells: int, micro_batch_size: int, context: int) -> "Cut":
         lengths = self.lengths[:num_cells]
         if self.packing:
             parts = [lengths[pack] for pack in plan_packs(lengths, micro_batch_size * self.max_length)]
@@ -86,9 +86,9 @@ class Task:
             rising = np.sort(lengths)
             parts = [rising[start : start + micro_batch_size] for start in range(0, num_cells, micro_batch_size)]
             parts = [np.full(len(part), part[-1]) for part in parts]
-        computed = [float(part.sum()) for part in parts]
-        squares = [float(np.square(part).sum()) for part in parts]
-        predicted = self.predicted_share * float(lengths.sum())
+        computed = [float(part.sum()) / context for part in parts]
+        squares = [float(np.square(part).sum()) / context for part in parts]
+        predicted = self.predicted_share * float(lengths.sum()) / context
         m, most = max(1, len(parts)), max(computed, default=0.0)
         return Cut(
             num_micro_batches=m,
@@ -165,7 +165,7 @@ class Estimate:
 
 def estimate(task: Task, layout: Layout, micro_batch_size: int) -> Estimate:
     """Memory, communication and time of a step."""
-    cut = task.cut(layout.data, micro_batch_size)
+    cut = task.cut(layout.data, micro_batch_size, context=layout.parallel.context)
     shares = list(_stages(layout))
     exchanges = [list_exchanges(make_stage(task, layout, cut, share), layout) for share in shares]
     memory = max((measure_memory(task, layout, cut, share) for share in shares), key=lambda part: part.total)
@@ -191,10 +191,13 @@ def best_of_layout(task: Task, layout: Layout) -> Estimate:
     return max(fitting, key=lambda one: one.cells_per_second) if fitting else tried[0]
 
 
-def plan(task: Task, num_gpus: int) -> list[Estimate]:
-    """Every layout that the model allows, the fastest first; those that do not fit come last, the smallest first."""
+def plan(task: Task, num_gpus: int, *, context: int = 1) -> list[Estimate]:
+    """Every layout that the model allows, the fastest first; those that do not fit come last, the smallest first.
+
+    All have `context` processes share every cell.
+    """
     found = []
-    for layout in list_layouts(num_gpus):
+    for layout in list_layouts(num_gpus, context=context):
         try:
             task.model.check_layout(
                 tensor_parallel=layout.parallel.tensor, pipeline_parallel=layout.parallel.pipeline
@@ -214,6 +217,7 @@ def _stages(layout: Layout) -> Iterator[Share]:
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
             stage=stage,
+            context=parallel.context,
             sequence_parallel=parallel.sequence_parallel,
         )
 
@@ -222,11 +226,13 @@ def make_stage(task: Task, layout: Layout, cut: Cut, share: Share) -> Stage:
     """What the formulas of communication are told of a process."""
     hidden = task.model.hidden_size * value_bytes(task.precision)
     predicted = cut.num_micro_batches * cut.mean.predicted
+    num_layers = task.model.num_layers // share.pipeline
     return Stage(
         is_first=share.is_first,
         is_last=share.is_last,
-        num_layers=task.model.num_layers // share.pipeline,
-        num_recomputed_layers=task.model.num_layers // share.pipeline if task.recompute == "full" else 0,
+        num_layers=num_layers,
+        num_recomputed_layers=num_layers if task.recompute == "full" else 0,
+        num_reattended_layers=num_layers if task.recompute != "none" else 0,
         num_parameters=count_parameters(task.model, task.num_tokens, share),
         num_split_parameters=count_split_parameters(task.model, share),
         num_embedding_parameters=task.model.padded_vocabulary(task.num_tokens)
@@ -247,7 +253,7 @@ def measure_memory(task: Task, layout: Layout, cut: Cut, share: Share) -> Memory
     state = state_bytes(
         count_parameters(task.model, task.num_tokens, share),
         task.precision,
-        shards=layout.data if layout.parallel.distributed_optimizer else 1,
+        shards=layout.num_copies if layout.parallel.distributed_optimizer else 1,
     )
     under_way = min(cut.num_micro_batches, share.pipeline - share.stage)
     kept = activation_bytes(
@@ -286,7 +292,7 @@ def _seconds_of_stage(
         value_bytes=value_bytes(task.precision),
         recompute=task.recompute,
     )
-    times: dict[Group, float] = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0, "embedding": 0.0}
+    times: dict[Group, float] = {"tensor": 0.0, "context": 0.0, "pipeline": 0.0, "data": 0.0, "embedding": 0.0}
     for exchange in exchanges:
         times[exchange.group] += exchange.seconds(layout, task.gpu)
     of_micro_batch = micro_batch_seconds(works, task.gpu, task.precision)
@@ -294,12 +300,13 @@ def _seconds_of_stage(
         # Beside the last micro-batch's backward pass, two thirds of its time.
         times["data"] = max(0.0, times["data"] - 2 / 3 * of_micro_batch)
     m = cut.num_micro_batches
-    whole = m * of_micro_batch + times["tensor"] + times["pipeline"]
-    shards = layout.data if layout.parallel.distributed_optimizer else 1
+    whole = m * of_micro_batch + times["tensor"] + times["context"] + times["pipeline"]
+    shards = layout.num_copies if layout.parallel.distributed_optimizer else 1
     num_updated = count_parameters(task.model, task.num_tokens, share) / shards
     return {
         "compute": m * of_micro_batch,
         "tensor": times["tensor"],
+        "context": times["context"],
         "pipeline": times["pipeline"],
         "bubble": pipeline_seconds(whole / m, num_micro_batches=m, num_stages=share.pipeline) - whole,
         "data": times["data"] + times["embedding"],

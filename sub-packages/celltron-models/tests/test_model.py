@@ -1,10 +1,15 @@
 """The model against formulas written out in plain torch."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel import layers as megatron_linears
 
 from celltron.models.geneformer import build_geneformer, put_parameters, take_parameters
-from celltron.models.geneformer.model import PADDING_ROW_BIAS
+from celltron.models.geneformer.model import PADDING_ROW_BIAS, _of_output_layer, make_transformer_config
 from celltron.models.layers.packing import PackedCells
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -167,3 +172,87 @@ def test_parameters_are_put_and_taken(make_model) -> None:
         put_parameters(second, {name: values for name, values in taken.items() if name != "head.dense.bias"})
     with pytest.raises(AssertionError, match="head.dense.bias"):
         put_parameters(second, {**taken, "head.dense.bias": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("variant", ["post_norm", "pre_norm"])
+def test_a_float32_residual_comes_closer_to_float32(small, one_process, make_cells, variant) -> None:
+    """With the same weights, which are rounded to bfloat16 in all three."""
+    deep = replace(small, num_layers=12, variant=variant)
+
+    def build(dtype, **settings):
+        return build_geneformer(deep, num_tokens=101, dtype=dtype, sequence_parallel=False, seed=0, **settings)
+
+    narrow = build(torch.bfloat16)
+    wide = build(torch.bfloat16, fp32_residual_connection=True)
+    exact = build(torch.float32)
+    put_parameters(exact, {name: values.float() for name, values in take_parameters(narrow).items()})
+    dtypes = set()
+    for module in wide.encoder.layers.modules():
+        if hasattr(module, "linear_fc1"):
+            module.linear_fc1.register_forward_hook(lambda *call: dtypes.add((call[1][0].dtype, call[2][0].dtype)))
+    for layer in wide.encoder.layers:
+        layer.register_forward_hook(lambda *call: dtypes.add(call[2][0].dtype))
+    tokens_BS, is_padding_BS = make_cells(16, 12, 5)
+    weights_M = torch.randn(48, 112, generator=torch.Generator().manual_seed(0))
+    hidden, gradients = {}, {}
+    for name, model in (("narrow", narrow), ("wide", wide), ("exact", exact)):
+        (model(tokens_BS, is_padding_BS).float()[:, :101] * weights_M[:, :101]).sum().backward()
+        hidden[name] = model.hidden_states(tokens_BS, is_padding_BS).detach().float()
+        gradients[name] = torch.cat([parameter.grad.float().flatten() for parameter in model.parameters()])
+    assert dtypes == {torch.float32, (torch.bfloat16, torch.bfloat16)}
+
+    def error(values, name):
+        return float((values[name] - values["exact"]).norm() / values["exact"].norm())
+
+    assert error(hidden, "wide") < 0.3 * error(hidden, "narrow")
+    assert error(gradients, "wide") < 0.7 * error(gradients, "narrow")
+
+
+def test_gradients_that_kernels_add_up_are_those_that_are_added_afterwards(
+    small, one_process, make_cells, monkeypatch
+) -> None:
+    """Apex's kernel adds to `main_grad`, which is there in data parallelism alone; the decoder is the embedding too."""
+    called = []
+
+    def add_gradient(input_TD, output_gradient_TE, main_gradient) -> None:
+        called.append(main_gradient.dtype)
+        main_gradient.add_(output_gradient_TE.T.float() @ input_TD.float())
+
+    kernels = SimpleNamespace(wgrad_gemm_accum_fp32=add_gradient)
+    monkeypatch.setattr(megatron_linears, "fused_weight_gradient_mlp_cuda", kernels, raising=False)
+    monkeypatch.setattr(megatron_linears, "_grad_accum_fusion_available", True)
+    cells = [make_cells(16, 9, 1), make_cells(7, 12, seed=1)]
+    gradients = []
+    for is_fused in (False, True):
+        model = build_geneformer(
+            small,
+            num_tokens=101,
+            dtype=torch.bfloat16,
+            sequence_parallel=False,
+            seed=0,
+            gradient_accumulation_fusion=is_fused,
+        )
+        before = model(*cells[0])  # there is no main_grad yet
+        wrapped = DistributedDataParallel(
+            config=model.config,
+            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+            module=model,
+        )
+        for tokens_BS, is_padding_BS in cells:
+            wrapped(tokens_BS, is_padding_BS).float().square().sum().mul(1e-6).backward()
+        gradients.append({name: parameter.main_grad.clone() for name, parameter in model.named_parameters()})
+        with torch.no_grad():
+            assert torch.equal(wrapped(*cells[0]), before)
+    # Four matrices a layer, and the decoder.
+    assert called == [torch.float32] * 2 * (4 * 3 + 1)
+    for name, expected in gradients[0].items():
+        assert expected.abs().max() > 0, name
+        torch.testing.assert_close(gradients[1][name], expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+def test_the_output_layer_does_without_the_kernel_that_is_not_there(small, one_process) -> None:
+    """Transformer Engine's layers bring their own, the output layer's is apex's."""
+    config = make_transformer_config(
+        small, dtype=torch.bfloat16, sequence_parallel=False, gradient_accumulation_fusion=True
+    )
+    assert not _of_output_layer(config).gradient_accumulation_fusion and config.gradient_accumulation_fusion

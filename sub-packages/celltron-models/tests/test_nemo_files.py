@@ -6,12 +6,7 @@ from pathlib import Path
 import pytest
 
 from celltron.core import InputError
-from celltron.models.geneformer import (
-    read_nemo_medians,
-    read_nemo_settings,
-    read_nemo_vocabulary,
-    vocabulary_of_genes,
-)
+from celltron.models.geneformer import read_nemo_settings, read_nemo_vocabulary, vocabulary_of_genes
 
 GELU = {"type": "pyref", "module": "torch._C._nn", "name": "gelu"}
 
@@ -130,18 +125,3 @@ def test_a_vocabulary_that_is_wrong_is_refused(tmp_path: Path, ids: object, expe
     with pytest.raises(InputError) as error:
         read_nemo_vocabulary(path)
     assert expected in str(error.value)
-
-
-def test_medians(tmp_path: Path) -> None:
-    path = tmp_path / "medians.json"
-    path.write_text('{"ENSG2": 1.5, "ENSG1": 3}')
-    table = read_nemo_medians(path)
-    assert table.genes == ("ENSG2", "ENSG1") and table.values.tolist() == [1.5, 3.0]
-
-
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", '"1"', "true", "0", "-1", "1" + "0" * 400, "null"])
-def test_a_median_that_is_no_positive_number_is_refused(tmp_path: Path, value: str) -> None:
-    path = tmp_path / "medians.json"
-    path.write_text(f'{{"ENSG1": {value}}}')
-    with pytest.raises(InputError, match="the median of 'ENSG1' is .*wanted a"):
-        read_nemo_medians(path)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from celltron.core import InputError, MedianTable, verify_artefact
@@ -188,10 +188,62 @@ def test_what_the_folder_says(tmp_path: Path) -> None:
     assert "(not known to this export)" in (tmp_path / "bare" / "README.md").read_text()
 
 
-def test_the_folder_is_not_taken_for_a_post_norm_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["pre_norm", "pre_norm_erf"])
+def test_what_is_imported_is_what_was_exported_to_the_bit(tmp_path: Path, variant: str) -> None:
+    whole = make_whole(variant)
+    to_huggingface(whole, tmp_path / "hf")
+    found = from_huggingface(tmp_path / "hf", vocabulary_multiple=16)
+    assert (found.config, found.num_tokens, found.max_length) == (whole.config, 101, 16)
+    assert found.vocabulary == VOCABULARY and found.medians == MEDIANS and found.unused_tensors == ()
+    words, bias = "embedding.word_embeddings.weight", "output_layer.bias"
+    assert found.parameters.keys() == whole.parameters.keys()
+    for name, parameter in found.parameters.items():
+        num_rows = 101 if name in (words, bias) else None
+        assert torch.equal(parameter[:num_rows], whole.parameters[name][:num_rows]), name
+    # Rows that only pad the vocabulary are no token's, in no probability.
+    assert found.parameters[words].shape == (112, 24) and not found.parameters[words][101:].any()
+    put_parameters(build(found.config), found.parameters)
+    assert bool((found.parameters[bias][101:] < -1e3).all())
+
+
+def change_config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def drop_tensor(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_config(hidden_act="relu"), "hidden_act is 'relu', but a pre-norm Geneformer has gelu_pytorch_tanh or"),
+        (change_config(hidden_act=["gelu"]), "hidden_act is ['gelu']"),
+        (change_config(model_type="bert"), "hidden_act is 'gelu_pytorch_tanh', but the BERT of Geneformer has 'relu'"),
+        (change_config(architectures=["PreNormGeneformerModel"]), "wanted PreNormGeneformerForMaskedLM"),
+        (change_config(num_hidden_layers=4), "lacks 12 tensors of the model, the first is model.encoder.layers.3."),
+        (change_config(num_hidden_layers=2), "the first is model.encoder.layers.2."),
+        (change_config(intermediate_size=41), "mlp.linear_fc1.bias has shape (40,), but config.json makes it (41,)"),
+        (change_config(layer_norm_eps=None), "layer_norm_eps is None, wanted a number"),
+        (drop_tensor("output_bias"), "lacks 1 tensors of the model, the first is output_bias"),
+    ],
+)
+def test_a_folder_that_is_wrong_is_refused(tmp_path: Path, change: Callable[[Path], None], said: str) -> None:
     to_huggingface(make_whole(), tmp_path / "hf")
-    with pytest.raises(InputError, match="model_type is 'geneformer_prenorm', but the BERT of Geneformer has 'bert'"):
-        from_huggingface(tmp_path / "hf")
+    (tmp_path / "hf" / "manifest.json").unlink()
+    change(tmp_path / "hf")
+    with pytest.raises(InputError) as error:
+        from_huggingface(tmp_path / "hf", vocabulary_multiple=16)
+    assert said in str(error.value)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ def test_activations_of_a_layer_written_out() -> None:
     assert layer_bytes(M106, Share(), value_bytes=2, recompute="full") == 2 * 768
     selective = layer_bytes(M106, Share(), value_bytes=2, recompute="selective")
     assert whole - selective == 2 * 768 + 4 * 12
+    half, shared = (layer_bytes(M106, Share(tensor=2, context=context), value_bytes=2) for context in (1, 4))
+    assert shared - half == 2 * 2 * 768 * 4 / 2
+    assert layer_bytes(M106, Share(context=4), value_bytes=2, recompute="selective") == selective
     undropped = layer_bytes(replace(M106, hidden_dropout=0.0), Share(), value_bytes=2)
     assert whole - undropped == 2 * 768
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import torch_fully_sharded_data_parallel as megatron_fsdp
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.module import MegatronModule
@@ -33,6 +34,7 @@ def installed() -> Iterator[None]:
         return
     before = [(torch.cuda, name, getattr(torch.cuda, name)) for name in PATCHED_CUDA]
     before += [(megatron_random, name, getattr(megatron_random, name)) for name in PATCHED_RANDOM]
+    before += [(megatron_fsdp, "DeviceMesh", megatron_fsdp.DeviceMesh)]
     logger = logging.getLogger(megatron_random.__name__)
     level = logger.level
     cpu.install()

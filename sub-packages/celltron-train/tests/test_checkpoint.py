@@ -17,6 +17,7 @@ from celltron.train import async_save, checkpoint
 from celltron.train.checkpoint import Checkpoints, load_model, load_training, save_model
 from celltron.train.checkpoint_folder import RunState, find_checkpoint, read_run_state, verify_checkpoint
 from celltron.train.launch import Launch
+from celltron.train.optimizer import OptimizerConfig, wrap_model
 from celltron.train.retention import RetentionConfig
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -233,15 +234,20 @@ def test_a_run_that_fails_gives_up_its_save(
 
 
 @pytest.mark.parametrize(
-    ("settings", "kept"), [({}, [1, 2, 3, 4]), ({"keep": 2}, [3, 4]), ({"retention": (1, 1, 0)}, [2, 4])]
+    ("retention", "kept"),
+    [
+        (None, [1, 2, 3, 4]),
+        (RetentionConfig(keep_last=2), [3, 4]),
+        (RetentionConfig(keep_last=1, keep_best=1), [2, 4]),
+    ],
 )
-def test_outdated_ones_are_removed(tmp_path: Path, train: Train, settings: dict[str, Any], kept: list[int]) -> None:
+def test_outdated_ones_are_removed(
+    tmp_path: Path, train: Train, retention: RetentionConfig | None, kept: list[int]
+) -> None:
     """Also by a resumed run, which reads the losses of the run before it."""
-    if "retention" in settings:
-        settings = {"retention": RetentionConfig(keep_last=1, keep_best=1)}
     trained = train(1)
     for step, loss in enumerate((0.5, 0.3, 0.4, None), start=1):
-        checkpoints = Checkpoints(tmp_path, launch=Launch(), **settings)
+        checkpoints = Checkpoints(tmp_path, launch=Launch(), retention=retention)
         checkpoints.save(replace(STATE, step=step, validation_loss=loss), *trained)
     assert sorted(os.listdir(tmp_path)) == ["latest", *(f"step_{step:08d}" for step in kept)]
     assert checkpoints.newest() == checkpoints.path(4)
@@ -251,7 +257,8 @@ def test_the_one_just_written_is_kept_though_later_ones_are_there(tmp_path: Path
     trained = train(1)
     for step in (30, 40):
         Checkpoints(tmp_path, launch=Launch()).save(replace(STATE, step=step), *trained)
-    Checkpoints(tmp_path, launch=Launch(), keep=2).save(replace(STATE, step=20), *trained)
+    keep_two = RetentionConfig(keep_last=2)
+    Checkpoints(tmp_path, launch=Launch(), retention=keep_two).save(replace(STATE, step=20), *trained)
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000020", "step_00000040"]
     assert find_checkpoint(tmp_path) == tmp_path / "step_00000020"
     assert Checkpoints(tmp_path, launch=Launch()).newest() == tmp_path / "step_00000020"
@@ -332,3 +339,36 @@ def test_another_precision_is_refused(saved: Path, train: Train) -> None:
         load_training(saved, *train(0, is_distributed=True))
     with pytest.raises(InputError, match="makes float32 parameters, but .* holds float64"):
         load_training(saved, *train(0, dtype=torch.float32))
+
+
+class WithExtraState(torch.nn.Linear):
+    """As Transformer Engine's modules are: besides its parameters it has a state, which is empty."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Empty."""
+
+
+def test_states_besides_the_parameters_are_neither_saved_nor_missed(
+    checkpoints: Checkpoints, make_model: Any, take_steps: Any
+) -> None:
+    def train_such(seed: int, num_steps: int) -> Trained:
+        model = make_model(seed=seed)
+        model.linear.__class__ = WithExtraState
+        assert "linear._extra_state" in model.sharded_state_dict()
+        wrapped, optimizer = wrap_model(model, OptimizerConfig(), dtype=torch.float64, distributed_optimizer=False)
+        take_steps(wrapped, optimizer, num_steps)
+        return wrapped, optimizer
+
+    trained = train_such(0, 2)
+    path = checkpoints.save(STATE, *trained)
+    index = (path / "state" / ".metadata").read_bytes()
+    assert b"linear.weight" in index and b"_extra_state" not in index
+    other = train_such(1, 1)
+    load_training(path, *other)
+    assert values(other[0]) == values(trained[0])
+    third = train_such(2, 0)
+    load_model(path, third[0].module)
+    assert values(third[0]) == values(trained[0])

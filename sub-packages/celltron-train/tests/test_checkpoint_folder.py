@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from celltron.train.checkpoint_folder import (
     verify_checkpoint,
 )
 from celltron.train.launch import Launch
+from celltron.train.spike import SpikeState
 
 pytestmark = pytest.mark.usefixtures("engine")
 STATE = RunState(step=1, seed=3, loader={"epoch": 2, "position": 5}, distributed_optimizer=False, dtype="float64")
@@ -220,6 +222,12 @@ def test_what_killed_saves_left_is_removed_at_the_next_start(
         ({"surprise": 1}, "'surprise'"),
         ({"distributed_optimizer": 1}, "'distributed_optimizer'"),
         ({"validation_loss": "low"}, "'validation_loss'"),
+        ({"spike": {"losses": "high"}}, "'spike.losses'"),
+        ({"spike": {"losses": [1.0, math.nan]}}, "losses must be finite numbers"),
+        ({"spike": {"losses": [1.0] * 10_001}}, "at most 10,000"),
+        ({"spike": {"is_high": 1}}, "'spike.is_high'"),
+        ({"skipped_in_a_row": 1.5}, "'skipped_in_a_row'"),
+        ({"skipped_in_a_row": -1}, "skipped_in_a_row is -1"),
         (None, "JSON|Expecting"),
     ],
 )
@@ -230,8 +238,14 @@ def test_a_strange_run_state_is_refused(tmp_path: Path, change: dict[str, Any] |
         read_run_state(tmp_path)
 
 
-def test_a_run_state_of_before_validation_losses_is_read(tmp_path: Path) -> None:
+def test_a_run_state_comes_back_to_the_bit(tmp_path: Path) -> None:
+    state = replace(STATE, spike=SpikeState(losses=(0.1, 1 / 3, 1e-300), is_high=True), skipped_in_a_row=2)
+    (tmp_path / "run.json").write_text(json.dumps(asdict(state)))
+    assert read_run_state(tmp_path) == state
+
+
+def test_a_run_state_of_an_earlier_celltron_is_read(tmp_path: Path) -> None:
     values = asdict(STATE)
-    del values["validation_loss"], values["has_optimizer"]
+    del values["validation_loss"], values["has_optimizer"], values["spike"], values["skipped_in_a_row"]
     (tmp_path / "run.json").write_text(json.dumps(values))
     assert read_run_state(tmp_path) == STATE

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.distributed import torch_fully_sharded_data_parallel as megatron_fsdp
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel import random as megatron_random
 
@@ -24,6 +25,11 @@ def test_there_is_nothing_to_wait_for_or_to_empty() -> None:
     assert torch.cuda.synchronize() is None
     assert torch.cuda.synchronize(CPU) is None
     assert torch.cuda.empty_cache() is None
+
+
+def test_a_mesh_of_a_group_is_one_of_cpus() -> None:
+    mesh = megatron_fsdp.DeviceMesh.from_group(torch.distributed.group.WORLD, "cuda")
+    assert mesh.device_type == "cpu" and mesh.size() == 1
 
 
 def test_the_generator_is_that_of_the_cpu() -> None:

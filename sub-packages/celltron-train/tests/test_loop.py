@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch.nn.functional import layer_norm, linear
 
 from celltron.core import InputError
 from celltron.train.checkpoint import Checkpoints, RunState, load_training, read_run_state
 from celltron.train.launch import Launch
-from celltron.train.loop import Job, LoopConfig, LossFunction, StepBatch, fit
+from celltron.train.loop import Job, LossFunction, StepBatch, fit
+from celltron.train.loop_config import LoopConfig
 from celltron.train.metrics import MetricsWriter
 from celltron.train.optimizer import OptimizerConfig, wrap_model
 from celltron.train.schedule import ScheduleConfig
+from celltron.train.spike import SpikeState
 from celltron.train.step_timer import PARTS
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -94,6 +97,10 @@ class CheckpointsInMemory(Checkpoints):
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def state_after(step: int) -> RunState:
+    return RunState(step=step, seed=0, loader={"number": step}, distributed_optimizer=False, dtype="float64")
 
 
 def validation() -> Iterator[StepBatch]:
@@ -211,6 +218,20 @@ def test_throughput_counts_what_the_batches_say(make_job: Callable[..., Job]) ->
     assert second["seconds_left"] == 0.0
 
 
+def test_the_first_context_parallel_process_counts_the_cells_and_each_its_loss(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    expected = mean_loss(job, [make_batch(1)])
+    monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda: 1)
+    fit(CONFIG, job)
+    records = read(job, "loss")
+    assert records[0]["loss"] == pytest.approx(expected, rel=1e-12)
+    for record in records:
+        assert record["cells_per_second"] == record["real_tokens_per_second"] == record["real_token_fraction"] == 0.0
+        assert "flops_per_second" not in record
+
+
 def test_validation_and_saving_do_not_count_as_training(make_job: Callable[..., Job]) -> None:
     def slow_validation() -> Iterator[StepBatch]:
         time.sleep(0.5)
@@ -243,8 +264,8 @@ def test_without_validation_places_the_loss_is_zero(make_job: Callable[..., Job]
 def test_the_last_step_is_saved(make_job: Callable[..., Job]) -> None:
     job = make_job()
     validation_loss = fit(CONFIG, job)
-    state = RunState(step=4, seed=0, loader={"number": 4}, distributed_optimizer=False, dtype="float64")
-    assert job.checkpoints.states == [replace(state, validation_loss=validation_loss)]
+    spike = SpikeState(losses=tuple(record["loss"] for record in read(job, "loss")))
+    assert job.checkpoints.states == [replace(state_after(4), validation_loss=validation_loss, spike=spike)]
     job = make_job()
     fit(replace(CONFIG, save_every=3), job)
     assert [state.step for state in job.checkpoints.states] == [3, 4]
@@ -295,13 +316,20 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(make_job: Callable[...
     assert job.checkpoints.is_closed
 
 
-def test_a_loss_far_above_those_before_is_noted(make_job: Callable[..., Job]) -> None:
+def multiply_targets(factor: float, *, batches: set[int]) -> Callable[..., tuple[torch.Tensor, LossFunction]]:
+    """A forward step whose loss is far higher in those batches."""
+    inputs = [x_MD for number in batches for x_MD, _ in make_batch(number).micro_batches]
+
     def forward(micro_batch: MicroBatch, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         x_MD, y_ME = micro_batch
-        factor = 40.0 if any(torch.equal(x_MD, part[0]) for part in make_batch(25).micro_batches) else 1.0
-        return forward_step((x_MD, y_ME * factor), model)
+        is_meant = any(torch.equal(x_MD, meant) for meant in inputs)
+        return forward_step((x_MD, y_ME * factor if is_meant else y_ME), model)
 
-    job = make_job(forward_step=forward)
+    return forward
+
+
+def test_a_loss_far_above_those_before_is_noted(make_job: Callable[..., Job]) -> None:
+    job = make_job(forward_step=multiply_targets(40.0, batches={25}))
     fit(replace(CONFIG, max_steps=30), job)
     (note,) = read(job, "note")
     assert (note["step"], note["note"], note["cells"]) == (25, "loss spike", [250, 251, 252, 253])
@@ -324,7 +352,7 @@ def test_time_and_arithmetic_are_accounted_for(make_job: Callable[..., Job]) -> 
 
 def test_a_run_goes_on_where_it_is_told(make_job: Callable[..., Job]) -> None:
     job = make_job()
-    fit(CONFIG, job, first_step=3)
+    fit(CONFIG, job, resumed=state_after(2))
     assert [record["step"] for record in read(job, "loss")] == [3, 4]
     assert job.train.number == 2
 
@@ -332,7 +360,7 @@ def test_a_run_goes_on_where_it_is_told(make_job: Callable[..., Job]) -> None:
 def test_no_steps_left_is_said(make_job: Callable[..., Job]) -> None:
     job = make_job()
     with pytest.raises(InputError, match="step 4 of loop.max_steps 4 is done already"):
-        fit(CONFIG, job, first_step=5)
+        fit(CONFIG, job, resumed=state_after(4))
     assert job.train.number == 0 and job.checkpoints.states == []
 
 
@@ -340,10 +368,42 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(make_job: Callable[..
     checkpoints = Checkpoints(tmp_path / "checkpoints", launch=Launch())
     whole = make_job(checkpoints=checkpoints)
     fit(replace(CONFIG, save_every=2), whole)
+    losses = tuple(record["loss"] for record in read(whole, "loss"))
     resumed = make_job(train=Stream(number=2), metrics=MetricsWriter(tmp_path, is_main=False, first_step=3))
     load_training(checkpoints.path(2), resumed.model, resumed.optimizer)
-    fit(CONFIG, resumed, first_step=read_run_state(checkpoints.path(2)).step + 1)
+    fit(CONFIG, resumed, resumed=read_run_state(checkpoints.path(2)))
     assert parameters_of(resumed) == parameters_of(whole)
+    assert [read_run_state(checkpoints.path(step)).spike.losses for step in (2, 4)] == [losses[:2], losses]
+
+
+def test_a_resumed_run_notes_the_same_spikes(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    """Also where a checkpoint lies within a spike that lasts, of which the first step alone is noted."""
+    forward = multiply_targets(40.0, batches={25, 26, 29})
+    checkpoints = Checkpoints(tmp_path / "checkpoints", launch=Launch())
+    config = replace(CONFIG, max_steps=30, save_every=5)
+    whole = make_job(forward_step=forward, checkpoints=checkpoints)
+    fit(config, whole)
+    notes = read(whole, "note")
+    assert [note["step"] for note in notes] == [25, 29]
+    for step, num_left in ((20, 2), (25, 1)):
+        folder = tmp_path / f"from {step}"
+        folder.mkdir()
+        metrics = MetricsWriter(folder, is_main=True, first_step=step + 1)
+        resumed = make_job(forward_step=forward, train=Stream(number=step), metrics=metrics)
+        load_training(checkpoints.path(step), resumed.model, resumed.optimizer)
+        fit(config, resumed, resumed=read_run_state(checkpoints.path(step)))
+        assert read(resumed, "note") == notes[-num_left:]
+
+
+def test_steps_skipped_before_an_interruption_count(make_job: Callable[..., Job]) -> None:
+    forward = spoil("loss", math.nan, batches={3, 4, 5})
+    config = replace(CONFIG, max_steps=6, max_skipped_steps=2)
+    job = make_job(forward_step=forward)
+    fit(replace(config, max_steps=4), job)
+    (state,) = job.checkpoints.states
+    assert state.skipped_in_a_row == 2
+    with pytest.raises(InputError, match=r"in step 5, the 3\. skipped step in a row"):
+        fit(config, make_job(forward_step=forward, train=Stream(number=4)), resumed=state)
 
 
 class SpoiltGradient(torch.autograd.Function):
@@ -397,7 +457,7 @@ def test_a_step_that_is_no_number_is_skipped(
     without = make_job()
     fit(replace(CONFIG, max_steps=2), without)
     without.train.number = 3
-    fit(CONFIG, without, first_step=4)
+    fit(CONFIG, without, resumed=state_after(3))
     assert parameters_of(spoilt) == parameters_of(without)
     assert [state.step for state in spoilt.checkpoints.states] == [1, 2, 3, 4]
 
@@ -437,33 +497,3 @@ def test_a_signal_in_the_last_step_lets_it_end_well(make_job: Callable[..., Job]
     job = make_job(train=Stream({4: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
     assert fit(CONFIG, job) > 0.0
     assert [state.step for state in job.checkpoints.states] == [4]
-
-
-def test_a_global_batch_must_be_dealt_to_processes() -> None:
-    padded = LoopConfig(global_batch_size=24, micro_batch_size=4, packing=False)
-    for data_parallel in (1, 2, 3, 6):
-        padded.check_batches(data_parallel)
-    with pytest.raises(InputError, match="loop.global_batch_size 24 is not .* 4 x 4 .* choose a multiple of 16"):
-        padded.check_batches(4)
-    packed = LoopConfig(global_batch_size=24, micro_batch_size=4)
-    packed.check_batches(24)
-    with pytest.raises(InputError, match="loop.global_batch_size 24 is less than the 25 data-parallel processes"):
-        packed.check_batches(25)
-
-
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [({name: 0}, f"loop.{name} is 0") for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every")]
-    + [
-        ({name: -1}, f"loop.{name} is -1")
-        for name in ("validate_every", "save_every", "keep_checkpoints", "keep_best", "keep_every", "seed")
-    ]
-    + [
-        ({"max_skipped_steps": -1}, "loop.max_skipped_steps is -1"),
-        ({"keep_best": 1, "save_every": 10}, "loop.keep_best is 1, .* give loop.validate_every"),
-        ({"keep_best": 1, "save_every": 10, "validate_every": 4}, "loop.keep_best is 1, .* a multiple of it"),
-    ],
-)
-def test_impossible_settings_are_named(values: dict[str, int], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        LoopConfig(**values)

@@ -40,8 +40,10 @@ def test_step_and_seed_are_not_mixed_up() -> None:
     assert draw_for(1, 12) != draw_for(11, 2)
 
 
-@pytest.mark.parametrize("getter", ["get_data_parallel_rank", "get_pipeline_model_parallel_rank"])
-def test_replicas_and_stages_differ(monkeypatch: pytest.MonkeyPatch, getter: str) -> None:
+@pytest.mark.parametrize(
+    "getter", ["get_data_parallel_rank", "get_pipeline_model_parallel_rank", "get_context_parallel_rank"]
+)
+def test_replicas_stages_and_parts_of_rows_differ(monkeypatch: pytest.MonkeyPatch, getter: str) -> None:
     drawn = [draw_for(0, 1)]
     monkeypatch.setattr(parallel_state, getter, lambda: 1)
     drawn.append(draw_for(0, 1))

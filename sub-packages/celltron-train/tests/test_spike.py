@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from celltron.core import InputError, build_config
-from celltron.train.spike import FIRST_STEPS, Spike, SpikeConfig, SpikeDetector
+from celltron.train.spike import FIRST_STEPS, Spike, SpikeConfig, SpikeDetector, SpikeState
 
 
 def steps_noted(losses: list[float], config: SpikeConfig | None = None) -> list[int]:
@@ -21,11 +21,11 @@ def falling(num_steps: int, *, noise: float, seed: int = 0) -> list[float]:
 
 
 def test_the_limit_is_the_formula() -> None:
-    window = [5.0, 6.0, 4.0, 7.0, 5.0] * 4  # median 5, distances 0 1 1 2 0: MAD 1
-    detector = SpikeDetector(SpikeConfig(deviations=3.0), window)
+    state = SpikeState(losses=(5.0, 6.0, 4.0, 7.0, 5.0) * 4)  # median 5, distances 0 1 1 2 0: MAD 1
+    detector = SpikeDetector(SpikeConfig(deviations=3.0), state)
     limit = 5.0 + 3.0 * 1.4826
     assert detector.see(limit) is None
-    detector = SpikeDetector(SpikeConfig(deviations=3.0), window)
+    detector = SpikeDetector(SpikeConfig(deviations=3.0), state)
     spike = detector.see(math.nextafter(limit, 99.0))
     assert spike is not None
     assert (spike.median, spike.limit) == (5.0, limit)
@@ -61,26 +61,34 @@ def test_nothing_is_judged_before_there_are_enough_losses() -> None:
 
 
 def test_what_is_no_number_is_passed_over() -> None:
-    detector = SpikeDetector(SpikeConfig(), [1.0] * 30)
+    state = SpikeState(losses=(1.0,) * 30)
+    detector = SpikeDetector(SpikeConfig(), state)
     assert detector.see(math.nan) is None and detector.see(math.inf) is None
-    assert detector.losses == (1.0,) * 30
+    assert detector.state == state
 
 
 def test_a_window_of_none_notes_nothing() -> None:
     detector = SpikeDetector(SpikeConfig(window=0))
     assert all(detector.see(loss) is None for loss in [1.0] * 50 + [99.0])
-    assert detector.losses == ()
+    assert detector.state == SpikeState()
 
 
-def test_a_detector_goes_on_from_the_losses_of_another() -> None:
-    losses = [*falling(150, noise=0.1), 15.0]
+@pytest.mark.parametrize("num_seen", [90, 150, 151, 152])
+def test_a_detector_goes_on_from_the_state_of_another(num_seen: int) -> None:
+    losses = [*falling(150, noise=0.1), 15.0, 15.0, 3.0]
     first = SpikeDetector(SpikeConfig())
-    for loss in losses[:90]:
-        first.see(loss)
-    second = SpikeDetector(SpikeConfig(), first.losses)
-    assert len(second.losses) == 90
-    assert [second.see(loss) is not None for loss in losses[90:]] == [False] * 60 + [True]
-    assert second.losses == tuple(losses[-100:])
+    noted = [first.see(loss) is not None for loss in losses[:num_seen]]
+    assert len(first.state.losses) == min(num_seen, 100)
+    second = SpikeDetector(SpikeConfig(), first.state)
+    noted += [second.see(loss) is not None for loss in losses[num_seen:]]
+    assert np.flatnonzero(noted).tolist() == steps_noted(losses) == [150]
+    assert second.state == SpikeState(losses=tuple(losses[-100:]))
+
+
+@pytest.mark.parametrize("losses", [(math.nan,), (1.0, math.inf), (1.0,) * 10_001], ids=["nan", "inf", "many"])
+def test_a_state_that_cannot_be(losses: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="must be finite numbers, and at most 10,000"):
+        SpikeState(losses=losses)
 
 
 def test_a_note_names_the_cells() -> None:
@@ -98,7 +106,12 @@ def test_a_note_names_the_cells() -> None:
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"window": 5}, "must be 0, or at least 20"), ({"deviations": -1.0}, "negative"), ({"rise": -0.1}, "negative")],
+    [
+        ({"window": 5}, "must be 0, or from 20 to 10,000"),
+        ({"window": 10**9}, "must be 0, or from 20 to 10,000"),
+        ({"deviations": -1.0}, "negative"),
+        ({"rise": -0.1}, "negative"),
+    ],
 )
 def test_settings_that_cannot_be(values: dict[str, float], words: str) -> None:
     with pytest.raises(InputError, match=words):

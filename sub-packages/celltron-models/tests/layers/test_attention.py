@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from celltron.models.geneformer import make_transformer_config
-from celltron.models.layers.attention import SdpaCoreAttention
+from celltron.models.layers.attention import SdpaCoreAttention, attend_packed
 from celltron.models.layers.packing import PackedCells
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -56,10 +56,66 @@ def test_packed_cells_attend_to_themselves_alone(core, attention) -> None:
     assert not torch.equal(core(*rows, None, packed_seq_params=packed), found)
 
 
-def test_what_packing_says_of_cells() -> None:
-    packed = PackedCells.of([3, 1, 2], torch.device("cpu"))
-    assert packed.cu_seqlens_q.tolist() == [0, 3, 4, 6] and packed.cu_seqlens_q.dtype == torch.int32
-    assert packed.places_T.tolist() == [0, 1, 2, 0, 0, 1] and packed.max_seqlen_q == 3
+@pytest.mark.parametrize(
+    ("lengths", "num_parts"),
+    # Cells that lie in one part, in two, in all three; parts that begin with a cell and within one.
+    [((7, 4, 1), 2), ((2, 9, 1), 3), ((12,), 4), ((1, 1, 1, 1, 1, 7), 3), ((5, 2, 5), 12)],
+)
+def test_parts_of_a_row_of_packed_cells_are_the_row(lengths: tuple[int, ...], num_parts: int) -> None:
+    """Every part has the whole cells' keys; what it adds to their gradients is summed, as gathering does it."""
+    num_places = sum(lengths)
+    weight = torch.randn(num_places, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows = [row[0].transpose(0, 1).clone().requires_grad_() for row in draw(B=1, S=num_places)]
+    q, k, v = rows
+    whole = attend_packed(q, k, v, PackedCells.of(lengths, torch.device("cpu")), 0.0)
+    expected = torch.autograd.grad((whole * weight).sum(), rows)
+    found = [torch.zeros_like(row) for row in rows]
+    size = num_places // num_parts
+    for begin in range(0, num_places, size):
+        part = slice(begin, begin + size)
+        packed = PackedCells.of(lengths, torch.device("cpu"), part=part)
+        out = attend_packed(q[part], k[packed.keys], v[packed.keys], packed, 0.0)
+        torch.testing.assert_close(out, whole[part], rtol=0, atol=1e-14)
+        of_part = torch.autograd.grad((out * weight[part]).sum(), rows)
+        found = [total + more for total, more in zip(found, of_part, strict=True)]
+    for total, gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(total, gradient, rtol=0, atol=1e-13)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_flash_attention_takes_fewer_queries_than_keys() -> None:
+    """A part of a row in bfloat16, keys and values lying as gathering leaves them, against float64 on the CPU."""
+    lengths, part = (70, 9, 130, 47), slice(64, 128)
+    packed = {device: PackedCells.of(lengths, torch.device(device), part=part) for device in ("cpu", "cuda")}
+    q, k, v = (row[0].transpose(0, 1).bfloat16().double() for row in draw(B=1, S=256, H=64))
+    q, both = q[part], torch.stack((k, v), dim=1)
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        own = [tensor.to(device, dtype).detach().requires_grad_() for tensor in (q, both)]
+        keys, values = own[1][packed[device].keys].unbind(1)
+        out = attend_packed(own[0], keys, values, packed[device], 0.0)
+        gradients = torch.autograd.grad(out.square().sum(), own)
+        results.append([tensor.detach().double().cpu() for tensor in (out, *gradients)])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        # bfloat16 keeps three digits.
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=2e-2 * on_cpu.abs().max().item())
+
+
+def test_keys_of_other_places_are_refused() -> None:
+    q, k, v = (row[0].transpose(0, 1) for row in draw(B=1, S=6))
+    packed = PackedCells.of([2, 4], torch.device("cpu"), part=slice(3, 6))
+    with pytest.raises(AssertionError, match="6 keys, wanted those of 4 places"):
+        attend_packed(q[3:], k, v, packed, 0.0)
+
+
+def test_queries_of_a_part_of_padded_rows_attend_to_the_whole_rows(core, attention) -> None:
+    q, k, v = draw()
+    is_hidden_BS = torch.arange(7)[None, :] >= torch.tensor([7, 4, 1])[:, None]
+    expected = attention(q, k, v, is_hidden_BS).transpose(1, 2).flatten(2)
+    for part in (slice(0, 3), slice(3, 7)):
+        found = apply(core, [q[:, :, part], k, v], is_hidden_BS[:, None, None, :])
+        torch.testing.assert_close(found, expected[:, part], rtol=0, atol=1e-13)
 
 
 def test_no_dropout_in_evaluation(core) -> None:

@@ -47,6 +47,18 @@ def test_full_recomputation_repeats_the_forward_sums() -> None:
     assert again["tensor", "all_reduce"] == pytest.approx(6 / 4 * sent(MIDDLE, layout)["tensor", "all_reduce"])
 
 
+def test_keys_and_values_of_whole_rows_are_gathered_and_their_gradients_scattered() -> None:
+    """Of a row of four times the hidden states, each value and key 1/2 as wide; backward once more where recomputed."""
+    layout = Layout(parallel=ParallelConfig(tensor=2, context=4), data=1)
+    of_row = 3 / 4 * 4 * 2 * HIDDEN / 2
+    found = sent(MIDDLE, layout)
+    assert found["context", "all_gather"] == found["context", "reduce_scatter"] == 3 * of_row
+    again = sent(replace(MIDDLE, num_reattended_layers=3), layout)
+    assert again["context", "all_gather"] == 2 * 3 * of_row == 2 * again["context", "reduce_scatter"]
+    # Gradients are summed over those that share cells as over replicas.
+    assert found["data", "all_reduce"] == 2 * 3 / 4 * 50 * 4
+
+
 def test_the_distributed_optimizer_sends_gradients_once_and_narrow_parameters() -> None:
     """Rajbhandari et al. 2020, section 7.1: an all-reduce is a reduce-scatter and an all-gather, here in two types."""
     whole, split = (

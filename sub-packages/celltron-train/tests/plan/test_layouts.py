@@ -15,6 +15,16 @@ def test_every_way_to_give_out_gpus_is_listed_once() -> None:
     assert len(layouts) == len(set(layouts)) == sum((1 + (t > 1)) * (1 + (d > 1)) for t, _, d in triples)
 
 
+def test_gpus_that_share_cells_are_left_out_of_the_rest() -> None:
+    layouts = list(list_layouts(12, context=3))
+    assert {one.parallel.context for one in layouts} == {3} and {one.num_gpus for one in layouts} == {12}
+    assert {(one.parallel.tensor, one.parallel.pipeline, one.data) for one in layouts} == {
+        (t, p, 4 // t // p) for t in (1, 2, 4) for p in (1, 2, 4) if 4 % (t * p) == 0
+    }
+    # They hold the same parameters, so that their optimizer can be distributed without replicas.
+    assert any(one.parallel.distributed_optimizer and one.data == 1 for one in layouts)
+
+
 def test_one_gpu_has_one_layout() -> None:
     assert list(list_layouts(1)) == [Layout(parallel=ParallelConfig(), data=1)]
 
@@ -26,12 +36,22 @@ def test_one_gpu_has_one_layout() -> None:
         (Layout(parallel=ParallelConfig(tensor=2, pipeline=2), data=4), {"tensor": 2, "data": 4, "pipeline": 1}),
         (Layout(parallel=ParallelConfig(tensor=8), data=2), {"tensor": 8, "data": 1}),
         (Layout(parallel=ParallelConfig(), data=16), {"data": 8}),
+        (
+            Layout(parallel=ParallelConfig(tensor=2, context=2, pipeline=2), data=4),
+            {"tensor": 2, "context": 2, "data": 4, "pipeline": 1},
+        ),
+        (Layout(parallel=ParallelConfig(context=16), data=1), {"context": 8, "data": 8}),
         (Layout(parallel=ParallelConfig(pipeline=4), data=2), {"data": 2, "pipeline": 4, "embedding": 2}),
         (Layout(parallel=ParallelConfig(pipeline=8), data=2), {"data": 2, "pipeline": 4, "embedding": 1}),
     ],
 )
 def test_groups_lie_on_machines_as_megatron_counts_ranks(layout: Layout, members: dict[Group, int]) -> None:
-    degrees = {"tensor": layout.parallel.tensor, "data": layout.data, "pipeline": layout.parallel.pipeline}
+    degrees = {
+        "tensor": layout.parallel.tensor,
+        "context": layout.parallel.context,
+        "data": layout.parallel.context * layout.data,
+        "pipeline": layout.parallel.pipeline,
+    }
     for group, number in members.items():
         assert layout.members_per_node(group) == number, group
         assert layout.spans_nodes(group) == (number < degrees.get(group, 2)), group

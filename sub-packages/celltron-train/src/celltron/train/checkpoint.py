@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
@@ -39,17 +37,20 @@ from celltron.train.checkpoint_folder import STATE_FOLDER as STATE_FOLDER
 from celltron.train.checkpoint_folder import RunState as RunState
 from celltron.train.checkpoint_folder import describe_checkpoint as describe_checkpoint
 from celltron.train.checkpoint_folder import find_checkpoint as find_checkpoint
+from celltron.train.checkpoint_folder import read_resumable as read_resumable
 from celltron.train.checkpoint_folder import read_run_state as read_run_state
 from celltron.train.checkpoint_folder import verify_checkpoint as verify_checkpoint
 from celltron.train.distributed_optimizer import allocate_moments, load_distributed_optimizer
+from celltron.train.fully_sharded import DataParallel, FullyShardedModel, put_training, shard_training
 from celltron.train.launch import Launch
 from celltron.train.optimizer_kinds import read_other_kind
+from celltron.train.parameter_shards import MODEL_METADATA as MODEL_METADATA
+from celltron.train.parameter_shards import shard_parameters
 from celltron.train.precision import name_dtype
 from celltron.train.retention import RetentionConfig, remove_outdated
 from celltron.train.together import do_on_main, share_from_main
 
-# Layers are stored one by one, and the optimizer's state in the parameters' shapes, so that any layout reads both.
-MODEL_METADATA = {"non_homogeneous_layers": True}
+# The optimizer's state is stored in the parameters' shapes, so that any layout reads it too.
 OPTIMIZER_METADATA = {**MODEL_METADATA, "distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -59,8 +60,7 @@ class Checkpoints:
     Args:
         folder: `<run>/checkpoints`.
         launch: This process's place.
-        keep: How many of the newest to keep; 0 keeps all.
-        retention: Which are kept, instead of `keep`.
+        retention: Which are kept; None keeps all.
         files: The run's own files that travel in every checkpoint: name to text.
     """
 
@@ -69,13 +69,12 @@ class Checkpoints:
         folder: Path,
         *,
         launch: Launch,
-        keep: int = 0,
         retention: RetentionConfig | None = None,
         files: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.launch = launch
-        self.retention = retention or RetentionConfig(keep_last=keep)
+        self.retention = retention or RetentionConfig(keep_last=0)
         self.files = dict(files or {})
         self._copier = Copier()
         self._save: Save | None = None
@@ -85,7 +84,7 @@ class Checkpoints:
         """Where the checkpoint of a step lies."""
         return self.folder / f"step_{step:08d}"
 
-    def begin(self, state: RunState, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Path | None:
+    def begin(self, state: RunState, model: DataParallel, optimizer: MegatronOptimizer) -> Path | None:
         """Begin a checkpoint; once this returns, training may go on. Every process calls this.
 
         Returns:
@@ -104,7 +103,7 @@ class Checkpoints:
             do_on_main(self.launch, lambda: clear_leftovers(self.folder))
             self._is_first = False
         final = self.path(state.step)
-        sharded = _sharded_state(model.module, optimizer, is_loading=False)
+        sharded = _sharded_state(model, optimizer, is_loading=False)
 
         def complete(snapshot: Snapshot, parts: list[Part]) -> None:
             _complete(final, state, self.files, snapshot, parts)
@@ -137,7 +136,7 @@ class Checkpoints:
         """
         return None if self._save is None else self._end_if(self._save.wait)
 
-    def save(self, state: RunState, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Path:
+    def save(self, state: RunState, model: DataParallel, optimizer: MegatronOptimizer) -> Path:
         """Write a checkpoint and wait for it; every process calls this.
 
         Raises:
@@ -210,7 +209,7 @@ def save_model(
         OSError: the disk is full or not writable; no half-written checkpoint is left.
     """
     assert not state.has_optimizer, state
-    sharded = {"model": _model_state(model)}
+    sharded = {"model": shard_parameters(model)}
     save = _begin(
         path, sharded, partial(_complete, path, state, files), copier=Copier(), launch=launch, replace=replace
     )
@@ -266,18 +265,13 @@ def _complete(final: Path, state: RunState, files: Mapping[str, str], snapshot: 
         )
 
 
-def load_training(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+def load_training(path: Path, model: DataParallel, optimizer: MegatronOptimizer) -> None:
     """Read parameters and optimizer of a verified checkpoint into this layout; every process calls this.
 
     Raises:
         InputError: the checkpoint's tensors do not fit the model, or its precision is another.
     """
-    saved = read_run_state(path)
-    if not saved.has_optimizer:
-        raise InputError(
-            f"{path} holds a model without an optimizer's state, as an import writes it, so no run can be resumed from "
-            "it; give a checkpoint of a run"
-        )
+    saved = read_resumable(path)
     dtype = name_dtype(model.module.config.params_dtype)
     if saved.dtype != dtype:
         raise InputError(
@@ -293,13 +287,16 @@ def load_training(path: Path, model: DistributedDataParallel, optimizer: Megatro
         )
     if is_distributed:
         allocate_moments(optimizer)
-    sharded = _sharded_state(model.module, optimizer, is_loading=True)
+    sharded = _sharded_state(model, optimizer, is_loading=True)
     if is_other_kind:
         read = partial(_load, path=path)
         loaded = read_other_kind(sharded, read, is_split=is_distributed, has_copies=dtype != "float32")
     else:
         loaded = _load(sharded, path)
-    model.module.load_state_dict(loaded["model"])
+    if isinstance(model, FullyShardedModel):
+        put_training(model, optimizer, loaded)
+        return
+    _put_parameters(model.module, loaded["model"])
     if is_distributed:
         load_distributed_optimizer(optimizer, loaded["optimizer"])
     else:
@@ -312,8 +309,15 @@ def load_model(path: Path, model: MegatronModule) -> None:
     Raises:
         InputError: the checkpoint's tensors do not fit the model.
     """
-    loaded = _load({"model": _model_state(model)}, path)
-    model.load_state_dict(loaded["model"])
+    loaded = _load({"model": shard_parameters(model)}, path)
+    _put_parameters(model, loaded["model"])
+
+
+def _put_parameters(module: MegatronModule, tensors: dict[str, Any]) -> None:
+    """Load all parameters; Transformer Engine's modules have states besides, which are empty and not saved."""
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    lost = [name for name in missing if not name.endswith("_extra_state")]
+    assert not lost and not unexpected, (lost, unexpected)
 
 
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -336,15 +340,11 @@ def _first_failure(error: CheckpointException) -> BaseException:
     return cause
 
 
-def _sharded_state(module: MegatronModule, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
-    model_state = _model_state(module)
+def _sharded_state(model: DataParallel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    if isinstance(model, FullyShardedModel):
+        return shard_training(model, optimizer, is_loading=is_loading)
+    model_state = shard_parameters(model.module)
     optimizer_state = optimizer.sharded_state_dict(
         model_state, is_loading=is_loading, metadata=dict(OPTIMIZER_METADATA)
     )
     return {"model": model_state, "optimizer": optimizer_state}
-
-
-def _model_state(module: MegatronModule) -> dict[str, ShardedTensor]:
-    """The parameters; Megatron's `_extra_state` objects, empty for these layers, would be read back as pickle."""
-    state = module.sharded_state_dict(metadata=dict(MODEL_METADATA))
-    return {name: entry for name, entry in state.items() if isinstance(entry, ShardedTensor)}

@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from celltron.core import InputError, build_config, read_manifest, verify_artefact
 from celltron.core.durable import lock_folder, sync_folder
 from celltron.core.manifest import list_files
+from celltron.train.spike import SpikeState
 from celltron.train.torch_dist import check_torch_dist
 
 CHECKPOINT_FORMAT = "celltron-checkpoint"
@@ -41,6 +42,14 @@ class RunState:
     """Whether the optimizer's state is there too; without it, as after an import, no run can be resumed."""
     validation_loss: float | None = None
     """In nats, of these parameters; None where it was not measured."""
+    spike: SpikeState = field(default_factory=SpikeState)
+    """What tells spikes of the loss."""
+    skipped_in_a_row: int = 0
+    """Steps up to this one that changed nothing, since their loss or gradient was no finite number."""
+
+    def __post_init__(self) -> None:
+        if self.skipped_in_a_row < 0:
+            raise ValueError(f"skipped_in_a_row is {self.skipped_in_a_row}, but must not be negative")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -144,6 +153,21 @@ def read_run_state(path: Path) -> RunState:
         raise InputError(
             f"{path} does not hold the run.json that this celltron writes ({error}); use the version that wrote it"
         ) from None
+
+
+def read_resumable(path: Path) -> RunState:
+    """Read `run.json` of a verified checkpoint that a run is to go on from.
+
+    Raises:
+        InputError: it holds no optimizer's state.
+    """
+    state = read_run_state(path)
+    if not state.has_optimizer:
+        raise InputError(
+            f"{path} holds a model without an optimizer's state, as an import writes it, so no run can be resumed from "
+            "it; give a checkpoint of a run"
+        )
+    return state
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -6,6 +6,7 @@
 - `torch.cuda.synchronize`, `empty_cache` do nothing; `manual_seed`, `get_rng_state` mean the CPU generator;
 - `megatron.core.tensor_parallel.random._get_cuda_rng_state` and `_set_cuda_rng_state` use the CPU generator, and the
   warning that the CPU generator moved inside a forked state is dropped, since here it is that very state;
+- `megatron.core.distributed.torch_fully_sharded_data_parallel.DeviceMesh.from_group` makes a mesh of CPUs of a group;
 - one `TorchFunctionMode` for tensor calls: `device="cuda"` becomes the CPU, `Tensor.cuda()` is the identity,
   `Tensor.type()` gives the `torch.cuda.*` name that Megatron's optimizers and gradient clipping compare with (float64
   answers as float32, so that the optimizer takes it for a full-precision parameter), and `Tensor.float()` leaves
@@ -18,6 +19,7 @@ Never imported on CUDA.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,6 +98,7 @@ def install() -> None:
             f"megatron-core {megatron_version} is installed, but training on a CPU was tested with "
             f"{', '.join(TESTED_MEGATRON_VERSIONS)} only; install megatron-core=={TESTED_MEGATRON_VERSIONS[-1]}."
         )
+    from megatron.core.distributed import torch_fully_sharded_data_parallel as megatron_fsdp
     from megatron.core.tensor_parallel import random as megatron_random
 
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
@@ -105,6 +108,8 @@ def install() -> None:
     torch.cuda.get_rng_state = _get_rng_state
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
+    mesh_class = megatron_fsdp.DeviceMesh
+    megatron_fsdp.DeviceMesh = SimpleNamespace(from_group=lambda group, device: mesh_class.from_group(group, "cpu"))
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     mode = _CudaMeansCpu(has_bfloat16=torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     mode.__enter__()  # type: ignore[no-untyped-call]

@@ -9,20 +9,20 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from celltron.core import InputError
 from celltron.train.checkpoint import Checkpoints, RunState
 from celltron.train.engine import whole_parameters
+from celltron.train.fully_sharded import DataParallel
 from celltron.train.interrupt import Interruption
+from celltron.train.loop_config import LoopConfig
 from celltron.train.meter import Meter
 from celltron.train.metrics import MetricsWriter
 from celltron.train.optimizer import set_learning_rate, take_step
 from celltron.train.precision import name_dtype
 from celltron.train.randomness import seed_step
-from celltron.train.retention import RetentionConfig
 from celltron.train.schedule import ScheduleConfig, learning_rate
 from celltron.train.spike import SpikeConfig, SpikeDetector
 from celltron.train.step_timer import PAUSED, HostClock, StepTimer
@@ -62,98 +62,11 @@ class BatchStream(Protocol):
         """Ids of the last global batch's cells, those of all processes."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopConfig:
-    """How long to train, in which portions, and what to do on the way."""
-
-    max_steps: int = 1000
-    """Optimizer steps of the whole run."""
-    global_batch_size: int = 64
-    """Cells an optimizer step, over all processes."""
-    micro_batch_size: int = 8
-    """Cells of full length that one process computes on at once."""
-    packing: bool = True
-    """Whether cells follow each other without padding, as many at once as have the tokens of those; false pads
-    `micro_batch_size` cells of like length to the longest."""
-    seed: int = 0
-    """Seed of initial weights, order, masks and dropout."""
-    log_every: int = 10
-    """Steps between two lines of metrics."""
-    validate_every: int = 0
-    """Steps between two validations; one is always made at the end, and with 0 only that one."""
-    save_every: int = 0
-    """Steps between two checkpoints; one is always written at the end, and with 0 only that one."""
-    keep_checkpoints: int = 3
-    """Newest checkpoints kept; 0 keeps all."""
-    keep_best: int = 0
-    """Checkpoints of the lowest validation loss kept besides, of those written at a step that was validated."""
-    keep_every: int = 0
-    """Checkpoints of steps that are a multiple of this are kept for ever; 0 is none."""
-    max_skipped_steps: int = 10
-    """Steps in a row that may be skipped since their loss or gradient is no finite number; one more ends the run."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"loop.{name} is {getattr(self, name)}, but must be at least 1")
-        counts = ("validate_every", "save_every", "keep_checkpoints", "keep_best", "keep_every", "max_skipped_steps")
-        for name in (*counts, "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loop.{name} is {getattr(self, name)}, but must not be negative")
-        if self.keep_best and (not self.validate_every or self.save_every % self.validate_every):
-            raise ValueError(
-                f"loop.keep_best is {self.keep_best}, but only checkpoints of validated steps have a loss to compare; "
-                "give loop.validate_every, and a loop.save_every that is a multiple of it"
-            )
-
-    @property
-    def retention(self) -> RetentionConfig:
-        """Which checkpoints stay."""
-        return RetentionConfig(
-            keep_last=self.keep_checkpoints, keep_best=self.keep_best, keep_every=self.keep_every
-        )
-
-    def check_batches(self, data_parallel: int) -> None:
-        """Check that a global batch can be dealt to processes.
-
-        Raises:
-            InputError: there are fewer cells than processes, or padded micro-batches do not divide the global batch.
-        """
-        if self.global_batch_size < data_parallel:
-            raise InputError(
-                f"loop.global_batch_size {self.global_batch_size} is less than the {data_parallel} data-parallel "
-                "processes, each of which needs a cell; raise it, or start fewer processes"
-            )
-        portion = self.micro_batch_size * data_parallel
-        if not self.packing and self.global_batch_size % portion:
-            raise InputError(
-                f"loop.global_batch_size {self.global_batch_size} is not micro-batches x loop.micro_batch_size "
-                f"{self.micro_batch_size} x {data_parallel} data-parallel processes; choose a multiple of {portion}"
-            )
-
-    def check_continues(self, step: int, *, seed: int, where: str) -> None:
-        """Check that these settings can go on after a step of a run; `where` names its checkpoint.
-
-        Raises:
-            InputError: that step is the last one, or the run had another seed.
-        """
-        if seed != self.seed:
-            raise InputError(f"loop.seed is {self.seed}, but {where} was written with {seed}; continue with that seed")
-        self.check_first_step(step + 1)
-
-    def check_first_step(self, first_step: int) -> None:
-        """Raise InputError where there is no such step."""
-        if first_step > self.max_steps:
-            raise InputError(
-                f"step {first_step - 1} of loop.max_steps {self.max_steps} is done already; raise loop.max_steps"
-            )
-
-
 @dataclass(kw_only=True, slots=True)
 class Job:
     """Everything that a run is made of, put together by a recipe."""
 
-    model: DistributedDataParallel
+    model: DataParallel
     optimizer: MegatronOptimizer
     weight_decay: float
     schedule: ScheduleConfig
@@ -184,24 +97,30 @@ class _Totals:
     interruptions: float
 
 
-def fit(config: LoopConfig, job: Job, *, first_step: int = 1) -> float:
-    """Train from `first_step` to `config.max_steps`; every process calls this.
+def fit(config: LoopConfig, job: Job, *, resumed: RunState | None = None) -> float:
+    """Train to `config.max_steps`; every process calls this.
+
+    A step whose loss or gradient is no finite number changes nothing; its cells are noted.
+
+    Args:
+        config: How long, and what to do on the way.
+        job: What the run is made of.
+        resumed: What the checkpoint says that model, optimizer and batches go on from; None begins with step 1.
 
     Returns:
         The validation loss in nats at the end.
-
-    A step whose loss or gradient is no finite number changes nothing; its cells are noted.
 
     Raises:
         InputError: too many steps in a row were skipped so, or there are no steps left.
         SystemExit: after SIGTERM or SIGINT, once a checkpoint of the step that was being taken is written.
     """
+    first_step = 1 if resumed is None else resumed.step + 1
     config.check_first_step(first_step)
     job.timer.watch(job.model, job.optimizer)
     job.timer.read()  # what came before is no step's
-    run = _Run(config, job)
+    run = _Run(config, job, resumed)
     try:
-        with Interruption() as interruption:
+        with Interruption(config.stop_seconds) as interruption:
             for step in range(first_step, config.max_steps + 1):
                 run.take_step(step, interruption)
     finally:
@@ -212,12 +131,12 @@ def fit(config: LoopConfig, job: Job, *, first_step: int = 1) -> float:
 class _Run:
     """What is known from step to step."""
 
-    def __init__(self, config: LoopConfig, job: Job) -> None:
+    def __init__(self, config: LoopConfig, job: Job, resumed: RunState | None) -> None:
         self.config = config
         self.job = job
         self.meter = Meter(job.timer, job.peak_flops)
-        self.spikes = SpikeDetector(job.spikes)
-        self.skipped_in_a_row = 0
+        self.spikes = SpikeDetector(job.spikes, resumed.spike if resumed else None)
+        self.skipped_in_a_row = resumed.skipped_in_a_row if resumed else 0
         self.validation_loss = 0.0
 
     def take_step(self, step: int, interruption: Interruption) -> None:
@@ -268,11 +187,23 @@ class _Run:
     def _save(self, step: int, *, is_validated: bool, is_end: bool) -> None:
         """Begin a checkpoint, which is written while training goes on; at the end of the run, wait for it."""
         checkpoints = self.job.checkpoints
-        state = _run_state(self.config, self.job, step, _finite(self.validation_loss) if is_validated else None)
+        state = self._state(step, _finite(self.validation_loss) if is_validated else None)
         with whole_parameters(self.job.model):
             self._say_saved(checkpoints.begin(state, self.job.model, self.job.optimizer))
         if is_end:
             self._say_saved(checkpoints.wait())
+
+    def _state(self, step: int, validation_loss: float | None) -> RunState:
+        return RunState(
+            step=step,
+            seed=self.config.seed,
+            loader=self.job.train.state(),
+            distributed_optimizer=self.job.model.ddp_config.use_distributed_optimizer,
+            dtype=name_dtype(self.job.model.module.config.params_dtype),
+            validation_loss=validation_loss,
+            spike=self.spikes.state,
+            skipped_in_a_row=self.skipped_in_a_row,
+        )
 
     def _say_saved(self, path: Path | None) -> None:
         if path is not None:
@@ -347,10 +278,11 @@ def _run_micro_batches(job: Job, batch: StepBatch, *, forward_only: bool) -> tup
 
 
 def _sum_over_run(loss: float, count: float, batch: StepBatch, *, is_interrupted: bool) -> _Totals:
-    """Sum over data-parallel replicas, each replica counted once."""
-    is_replica_head = parallel_state.get_tensor_model_parallel_rank() == 0
-    of_last_stage = float(is_replica_head and parallel_state.is_pipeline_last_stage())
-    of_first_stage = float(is_replica_head and parallel_state.is_pipeline_first_stage())
+    """Sum over data-parallel replicas, each replica's batch counted once; the loss lies in its context's parts."""
+    is_tensor_head = parallel_state.get_tensor_model_parallel_rank() == 0
+    is_context_head = parallel_state.get_context_parallel_rank() == 0
+    of_last_stage = float(is_tensor_head and parallel_state.is_pipeline_last_stage())
+    of_first_stage = float(is_tensor_head and is_context_head and parallel_state.is_pipeline_first_stage())
     sums = torch.tensor(
         [
             loss * of_last_stage,
@@ -380,17 +312,6 @@ def _validate(job: Job, step: int) -> float:
     totals = _sum_over_run(loss, count, empty, is_interrupted=False)
     job.metrics.write({"step": step, "validation_loss": totals.loss, **job.validation_facts})
     return totals.loss
-
-
-def _run_state(config: LoopConfig, job: Job, step: int, validation_loss: float | None) -> RunState:
-    return RunState(
-        step=step,
-        seed=config.seed,
-        loader=job.train.state(),
-        distributed_optimizer=job.model.ddp_config.use_distributed_optimizer,
-        dtype=name_dtype(job.model.module.config.params_dtype),
-        validation_loss=validation_loss,
-    )
 
 
 def _finite(value: float) -> float | None:

@@ -10,6 +10,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import MegatronModule
 
+from celltron.train.fully_sharded import DataParallel, FullyShardedModel
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
@@ -44,7 +46,8 @@ def wrap_model(
     dtype: torch.dtype,
     distributed_optimizer: bool,
     overlap: bool = False,
-) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    fsdp: bool = False,
+) -> tuple[DataParallel, MegatronOptimizer]:
     """Wrap a model for data parallelism and make its optimizer.
 
     Gradients are summed over micro-batches and data-parallel ranks in float32 (float64 for float64 parameters) and
@@ -56,16 +59,18 @@ def wrap_model(
         dtype: Of the parameters; with bfloat16 the optimizer keeps float32 copies.
         distributed_optimizer: Whether data-parallel ranks split the optimizer's state.
         overlap: Whether gradients are reduced, and split parameters gathered, while computing goes on.
+        fsdp: Whether data-parallel ranks split parameters, gradients and the optimizer's state; it overlaps always.
     """
-    wrapped = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=dtype is torch.bfloat16,
-            use_distributed_optimizer=distributed_optimizer,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap and distributed_optimizer,
-        ),
-        module=model,
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=dtype is torch.bfloat16,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed_optimizer,
+    )
+    wrapped: DataParallel = (
+        FullyShardedModel(model, dtype=dtype)
+        if fsdp
+        else DistributedDataParallel(config=model.config, ddp_config=settings, module=model)
     )
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -77,7 +82,8 @@ def wrap_model(
         adam_eps=config.epsilon,
         # Megatron computes the norm only where it may clip.
         clip_grad=config.clip_gradient_norm or math.inf,
-        bf16=dtype is torch.bfloat16,
+        # Cut parameters are float32 themselves.
+        bf16=dtype is torch.bfloat16 and not fsdp,
         params_dtype=dtype,
         use_distributed_optimizer=distributed_optimizer,
         overlap_param_gather=overlap and distributed_optimizer,
@@ -85,6 +91,10 @@ def wrap_model(
     optimizer = get_megatron_optimizer(
         optimizer_config, [wrapped], config_overrides=get_standard_config_overrides(optimizer_config)
     )
+    if fsdp:
+        # Each process has its own part of every gradient, so their squares are summed over all.
+        for part in optimizer.chained_optimizers:
+            part.grad_stats_parallel_group = torch.distributed.group.WORLD
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.no_sync_func = wrapped.no_sync

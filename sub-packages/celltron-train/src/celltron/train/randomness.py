@@ -15,7 +15,8 @@ def seed_step(seed: int, step: int) -> None:
     """Set the generators for one training step.
 
     Tensor-parallel processes get the same default generator (they must drop the same hidden values) and different
-    model-parallel ones (they hold different heads); pipeline stages and data-parallel replicas differ in both.
+    model-parallel ones (they hold different heads); pipeline stages, data-parallel replicas and context-parallel
+    processes differ in both.
 
     Args:
         seed: The run's seed.
@@ -23,7 +24,9 @@ def seed_step(seed: int, step: int) -> None:
     """
     data_rank = parallel_state.get_data_parallel_rank()
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    digest = hashlib.sha256(f"dropout {seed} {step} {data_rank} {stage}".encode()).digest()
+    context_rank = parallel_state.get_context_parallel_rank()
+    place = f"{data_rank} {stage}" + (f" {context_rank}" if context_rank else "")
+    digest = hashlib.sha256(f"dropout {seed} {step} {place}".encode()).digest()
     # Megatron adds small offsets to the seed for each tensor-parallel rank; 2^48 leaves them room.
     step_seed = int.from_bytes(digest[:6], "little")
     torch.default_generator.manual_seed(step_seed)

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -11,6 +11,7 @@ NORMAL_DEVIATIONS_OF_MAD = 1.4826
 """Standard deviations of a normal distribution in its median absolute deviation (Rousseeuw and Croux 1993)."""
 FIRST_STEPS = 20
 """Losses that must be known before one can be judged."""
+MAX_WINDOW = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,11 +26,25 @@ class SpikeConfig:
     """Share of the median that a spike lies above it, at least: a loss that hardly varies has no spikes else."""
 
     def __post_init__(self) -> None:
-        if self.window and self.window < FIRST_STEPS:
-            raise ValueError(f"spike.window is {self.window}, but must be 0, or at least {FIRST_STEPS}")
+        if self.window and not FIRST_STEPS <= self.window <= MAX_WINDOW:
+            raise ValueError(f"spike.window is {self.window}, but must be 0, or from {FIRST_STEPS} to {MAX_WINDOW:,}")
         for name in ("deviations", "rise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"spike.{name} is {getattr(self, name)}, but must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpikeState:
+    """What the next loss is judged by; it travels in checkpoints."""
+
+    losses: tuple[float, ...] = ()
+    """Those of the window, oldest first."""
+    is_high: bool = False
+    """Whether the last one was a spike."""
+
+    def __post_init__(self) -> None:
+        if len(self.losses) > MAX_WINDOW or not all(map(math.isfinite, self.losses)):
+            raise ValueError(f"losses must be finite numbers, and at most {MAX_WINDOW:,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +80,19 @@ class SpikeDetector:
 
     Args:
         config: What counts as a spike.
-        losses: Those of the steps before, if any, as `losses` of an earlier detector gave them.
+        state: That of an earlier detector, to go on from.
     """
 
-    def __init__(self, config: SpikeConfig, losses: Iterable[float] = ()) -> None:
+    def __init__(self, config: SpikeConfig, state: SpikeState | None = None) -> None:
+        state = state or SpikeState()
         self.config = config
-        self._window: deque[float] = deque(losses, maxlen=config.window)
-        self._is_high = False
+        self._window: deque[float] = deque(state.losses, maxlen=config.window)
+        self._is_high = state.is_high
 
     @property
-    def losses(self) -> tuple[float, ...]:
-        """Those of the window, oldest first."""
-        return tuple(self._window)
+    def state(self) -> SpikeState:
+        """What the next loss is judged by."""
+        return SpikeState(losses=tuple(self._window), is_high=self._is_high)
 
     def see(self, loss: float) -> Spike | None:
         """Take the next step's loss; returns what there is to note. A loss that is no number is passed over."""

@@ -16,8 +16,9 @@ import time
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+
+from celltron.train.fully_sharded import DataParallel
 
 PARTS = ("data_wait", "forward", "backward", "communication", "optimizer", "other")
 PAUSED = "paused"
@@ -143,7 +144,7 @@ class StepTimer(Generic[Mark]):
         self._switches = {part: _Switch(self, part) for part in (*PARTS, PAUSED)}
         self._mark()
 
-    def watch(self, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    def watch(self, model: DataParallel, optimizer: MegatronOptimizer) -> None:
         """Have Megatron's schedules and optimizers say when they begin and end what they do."""
         model.config.timers = self
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -1,8 +1,6 @@
-"""Reading the files of a Hugging Face BERT folder. It may come from anywhere, so all that is read is checked."""
+"""Reading the files of a Hugging Face folder, BERT or pre-norm. It may come from anywhere, so everything is checked."""
 
 import hashlib
-import json
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from celltron.core import MANIFEST_NAME, InputError, MedianTable, Vocabulary, build_config
+from celltron.models.geneformer import foreign_json, prenorm_folder
 from celltron.models.geneformer.bert_tensors import TIED_TO, list_bert_shapes
 from celltron.models.geneformer.config import GeneformerConfig
+from celltron.models.geneformer.foreign_json import is_number, read_json
 from celltron.models.geneformer.model import NUM_TOKEN_TYPES
 
 HUGGINGFACE_FORMAT = "celltron-huggingface"
@@ -63,7 +63,6 @@ _WITH_HEAD = ("BertForMaskedLM", "BertForPreTraining")
 _FLOATS = ("F64", "F32", "BF16", "F16")
 # Other parts of Hugging Face's BERT, with no meaning for masked genes; position_ids is 0, 1, 2, ...
 _UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
-_MAX_JSON_BYTES = 64 * 1024 * 1024
 
 
 def check_against_manifest(folder: Path) -> None:
@@ -93,48 +92,43 @@ def check_against_manifest(folder: Path) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing; give a folder that transformers wrote with save_pretrained")
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise InputError(f"{path} is larger than {_MAX_JSON_BYTES} bytes, which no such file is; use another folder")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable as JSON ({error}); use an undamaged folder") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no JSON object; use an undamaged folder")
-    return values
-
-
 def read_config(folder: Path, vocabulary_multiple: int) -> tuple[GeneformerConfig, int, int]:
     """The shape, the vocabulary's size and the id of `<pad>`; every architecture but Geneformer's is refused."""
     path = folder / CONFIG_NAME
-    values = _DEFAULTS | read_json(path)
+    values = read_json(path)
+    if values.get("model_type") == prenorm_folder.MODEL_TYPE:
+        fields: dict[str, Any] = {"variant": prenorm_folder.read_variant(values, path)}
+        with_head = prenorm_folder.WITH_HEAD
+    else:
+        values = _DEFAULTS | values
+        _check_bert(values, path)
+        fields, with_head = {"variant": "post_norm"}, _WITH_HEAD
+    architectures = values.get("architectures")
+    if isinstance(architectures, list) and not any(name in with_head for name in architectures):
+        raise InputError(
+            f"{path}: architectures is {architectures!r}, wanted {with_head[0]}; import the pretrained model, which "
+            "has the head that predicts masked genes"
+        )
+    fields |= {ours: _whole_number(values, theirs, path) for ours, theirs in SIZES.items()}
+    for ours, theirs in SETTINGS.items():
+        value = values.get(theirs)
+        if not is_number(value):
+            raise InputError(f"{path}: {theirs} is {value!r:.60}, wanted a number; mend that value")
+        fields[ours] = float(value)
+    config = build_config(GeneformerConfig, {**fields, "vocabulary_multiple": vocabulary_multiple}, where=str(path))
+    pad_id = values.get("pad_token_id")
+    if type(pad_id) is not int:
+        raise InputError(f"{path}: pad_token_id is {pad_id!r}, wanted the id of <pad>; mend that value")
+    return config, _whole_number(values, "vocab_size", path), pad_id
+
+
+def _check_bert(values: dict[str, Any], path: Path) -> None:
     for key, wanted in (ARCHITECTURE | {"position_embedding_type": "absolute"}).items():
         found = values.get(key)
         if type(found) is not type(wanted) or found != wanted:
             raise InputError(
                 f"{path}: {key} is {found!r}, but the BERT of Geneformer has {wanted!r}; only that can be imported"
             )
-    architectures = values.get("architectures")
-    if isinstance(architectures, list) and not any(name in _WITH_HEAD for name in architectures):
-        raise InputError(
-            f"{path}: architectures is {architectures!r}, wanted {_WITH_HEAD[0]}; import the pretrained model, which "
-            "has the head that predicts masked genes"
-        )
-    fields: dict[str, Any] = {ours: _whole_number(values, theirs, path) for ours, theirs in SIZES.items()}
-    for ours, theirs in SETTINGS.items():
-        value = values[theirs]
-        if not _is_number(value):
-            raise InputError(f"{path}: {theirs} is {value!r:.60}, wanted a number; mend that value")
-        fields[ours] = float(value)
-    config = build_config(GeneformerConfig, {**fields, "vocabulary_multiple": vocabulary_multiple}, where=str(path))
-    pad_id = values["pad_token_id"]
-    if type(pad_id) is not int:
-        raise InputError(f"{path}: pad_token_id is {pad_id!r}, wanted the id of <pad>; mend that value")
-    return config, _whole_number(values, "vocab_size", path), pad_id
 
 
 def read_tensors(
@@ -152,8 +146,11 @@ def read_tensors(
                     f"{path} holds {len(names)} tensors, too few for the {config.num_layers} layers of {CONFIG_NAME}; "
                     "use an undamaged folder"
                 )
-            shapes = list_bert_shapes(config, num_tokens)
-            tied = {theirs: shapes[name] for theirs, name in TIED_TO.items() if theirs in names}
+            if config.is_pre_norm:
+                shapes, tied = prenorm_folder.list_prenorm_shapes(config, num_tokens), {}
+            else:
+                shapes = list_bert_shapes(config, num_tokens)
+                tied = {theirs: shapes[name] for theirs, name in TIED_TO.items() if theirs in names}
             # A file may hold a tied tensor under its second name only.
             needed = set(shapes) - {TIED_TO[name] for name in tied}
             unused = _check_names(path, names, needed=needed, known=set(shapes) | set(tied))
@@ -193,16 +190,7 @@ def read_vocabulary(folder: Path, num_tokens: int) -> Vocabulary | None:
 def read_medians(folder: Path) -> MedianTable | None:
     """The genes' medians; None without their file."""
     path = folder / MEDIANS_NAME
-    if not path.is_file():
-        return None
-    medians = read_json(path)
-    bad = next((gene for gene, value in medians.items() if not _is_number(value)), None)
-    if bad is not None:
-        raise InputError(f"{path}: the median of {bad!r} is {medians[bad]!r:.60}, wanted a number; mend that value")
-    try:
-        return MedianTable(list(medians), list(medians.values()))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return foreign_json.read_medians(path) if path.is_file() else None
 
 
 def read_max_length(folder: Path, max_positions: int) -> int:
@@ -214,11 +202,6 @@ def read_max_length(folder: Path, max_positions: int) -> int:
     if max_length > max_positions:
         raise InputError(f"{path}: max_length is {max_length}, more than the {max_positions} positions; lower it")
     return max_length
-
-
-def _is_number(value: object) -> bool:
-    """Whether an untrusted value is a number that float64 holds; true, NaN and infinity are none."""
-    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
 
 
 def _whole_number(values: dict[str, Any], key: str, path: Path) -> int:
@@ -250,13 +233,13 @@ def _check_names(
     if missing:
         raise InputError(
             f"{path} lacks {len(missing)} tensors of the model, the first is {missing[0]}; use an undamaged folder of "
-            "a BertForMaskedLM"
+            "a model with the head that predicts masked genes"
         )
     others = sorted(set(names) - set(known))
     strange = [name for name in others if not name.startswith(_UNUSED)]
     if strange:
         raise InputError(
-            f"{path} holds {len(strange)} tensors that the BERT of {CONFIG_NAME} does not have, the first is "
+            f"{path} holds {len(strange)} tensors that the model of {CONFIG_NAME} does not have, the first is "
             f"{strange[0]}; use a folder whose files belong together"
         )
     return tuple(others)

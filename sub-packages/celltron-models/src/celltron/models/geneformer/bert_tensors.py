@@ -18,7 +18,7 @@ OUTPUT_BIAS = "cls.predictions.bias"
 # In Hugging Face's model these are the two above under a second name, so a file may hold them or not.
 TIED_TO = {"cls.predictions.decoder.weight": WORD_EMBEDDINGS, "cls.predictions.decoder.bias": OUTPUT_BIAS}
 
-_PADDED = {"embedding.word_embeddings.weight": WORD_EMBEDDINGS, "output_layer.bias": OUTPUT_BIAS}
+PADDED = {"embedding.word_embeddings.weight": WORD_EMBEDDINGS, "output_layer.bias": OUTPUT_BIAS}
 _PROJECTIONS = ("query", "key", "value")
 _OUTER = {
     "embedding.position_embeddings": "bert.embeddings.position_embeddings",
@@ -90,7 +90,7 @@ def to_bert_tensors(
     tensors = {}
     for ours, theirs in _one_to_one(config).items():
         tensor = parameters[ours]
-        tensors[theirs] = (tensor[:num_tokens] if ours in _PADDED else tensor).contiguous()
+        tensors[theirs] = (tensor[:num_tokens] if ours in PADDED else tensor).contiguous()
     for ours, names in _projections(config).items():
         for name, tensor in zip(names, _split_heads(parameters[ours], config.num_attention_heads), strict=True):
             tensors[name] = tensor
@@ -103,17 +103,19 @@ def from_bert_tensors(config: GeneformerConfig, tensors: Mapping[str, torch.Tens
     """Undo `to_bert_tensors`; rows that pad the vocabulary become 0, with an output bias that leaves them out."""
     parameters = {}
     for ours, theirs in _one_to_one(config).items():
-        tensor = tensors[theirs]
-        if ours in _PADDED:
-            num_rows = config.padded_vocabulary(tensor.shape[0])
-            padding = tensor.new_full((num_rows - tensor.shape[0], *tensor.shape[1:]), 0.0)
-            if theirs == OUTPUT_BIAS:
-                padding.fill_(PADDING_ROW_BIAS)
-            tensor = torch.cat([tensor, padding])
-        parameters[ours] = tensor
+        parameters[ours] = pad_rows(config, ours, tensors[theirs])
     for ours, names in _projections(config).items():
         parameters[ours] = _join_heads([tensors[name] for name in names], config.num_attention_heads)
     return parameters
+
+
+def pad_rows(config: GeneformerConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """[V, ...] to [R, ...] where that parameter, by our name, has a row for each token; else the tensor as it is."""
+    if name not in PADDED:
+        return tensor
+    num_padding = config.padded_vocabulary(tensor.shape[0]) - tensor.shape[0]
+    fill = PADDING_ROW_BIAS if tensor.dim() == 1 else 0.0
+    return torch.cat([tensor, tensor.new_full((num_padding, *tensor.shape[1:]), fill)])
 
 
 def _layer(layer: int) -> str:
@@ -127,7 +129,7 @@ def _one_to_one(config: GeneformerConfig) -> dict[str, str]:
         for layer in range(config.num_layers)
         for ours, theirs in _INNER.items()
     }
-    names = dict(_PADDED)
+    names = dict(PADDED)
     for ours, theirs in modules.items():
         kinds = ("weight",) if ours.endswith("_embeddings") else ("weight", "bias")
         names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in kinds}

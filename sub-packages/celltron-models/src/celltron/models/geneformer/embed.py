@@ -42,7 +42,10 @@ def embed_cells(
         is_padding_BS: True where there is no token; each row has one.
         packed: Where the cells of a packed row end.
     """
-    num_parts = model.config.tensor_model_parallel_size * model.config.pipeline_model_parallel_size
+    config = model.config
+    num_parts = (
+        config.tensor_model_parallel_size * config.pipeline_model_parallel_size * config.context_parallel_size
+    )
     assert num_parts == 1, f"the model is cut into {num_parts} parts, wanted 1"
     assert not model.training, "the model is in training mode, in which dropout changes the vectors"
     hidden_BSD = model.hidden_states(tokens_BS, is_padding_BS, packed=packed).transpose(0, 1)

@@ -8,9 +8,9 @@
     README.md                        the model card
     manifest.json                    checksums
 
-The post-norm model is a stock `BertForMaskedLM`, and only such folders are imported; the pre-norm one brings its own
-modelling file. The folder is JSON and safetensors, so `transformers` itself is not needed here. Pickle
-(`pytorch_model.bin`) is never read.
+The post-norm model is a stock `BertForMaskedLM`; the pre-norm one brings its own modelling file. The folder is JSON and
+safetensors, so `transformers` itself is not needed here. Pickle (`pytorch_model.bin`) is never read, and no modelling
+file ever run.
 """
 
 import json
@@ -92,7 +92,7 @@ def to_huggingface(
 def from_huggingface(
     folder: Path, *, vocabulary_multiple: int = GeneformerConfig().vocabulary_multiple
 ) -> WholeGeneformer:
-    """Read a stock `BertForMaskedLM` folder of Geneformer's architecture; it may come from anywhere.
+    """Read a folder of Geneformer, a stock `BertForMaskedLM` or a pre-norm model; it may come from anywhere.
 
     Vocabulary, medians and longest cell are read where the folder holds them as an export does. A folder without them
     gives neither vocabulary nor medians, and its longest cell is all its positions.
@@ -115,11 +115,12 @@ def from_huggingface(
             f"{folder}: pad_token_id in {bert_folder.CONFIG_NAME} is {pad_id}, but {bert_folder.TOKENS_NAME} gives "
             f"<pad> the id {vocabulary.pad_id}; mend the one that is wrong"
         )
+    from_tensors = prenorm_folder.from_prenorm_tensors if config.is_pre_norm else from_bert_tensors
     tensors, unused_tensors = bert_folder.read_tensors(folder, config, num_tokens)
     return WholeGeneformer(
         config=config,
         num_tokens=num_tokens,
-        parameters=from_bert_tensors(config, tensors),
+        parameters=from_tensors(config, tensors),
         vocabulary=vocabulary,
         medians=bert_folder.read_medians(folder),
         max_length=bert_folder.read_max_length(folder, config.max_positions),

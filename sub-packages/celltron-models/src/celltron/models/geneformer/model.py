@@ -18,12 +18,14 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from celltron.models.geneformer.config import GeneformerConfig
+from celltron.models.layers.choice import can_fuse_gradients
 from celltron.models.layers.embedding import BertEmbedding
 from celltron.models.layers.head import BertHeadTransform
 from celltron.models.layers.initialise import initialise
 from celltron.models.layers.packing import PackedCells
-from celltron.models.layers.post_norm import post_norm_torch_spec
-from celltron.models.layers.pre_norm import gelu_tanh, pre_norm_torch_spec
+from celltron.models.layers.parts import Implementation, LayerParts, layer_parts
+from celltron.models.layers.post_norm import post_norm_spec
+from celltron.models.layers.pre_norm import gelu_tanh, pre_norm_spec
 
 NUM_TOKEN_TYPES = 2
 # The output bias of rows that only pad the vocabulary: exp() of it is 0 in every precision, so they take no part.
@@ -42,6 +44,7 @@ class Geneformer(LanguageModule):
         config: The model's shape.
         transformer_config: The same for Megatron, with the layout; see `make_transformer_config`.
         num_tokens: The vocabulary's true size.
+        parts: What the layers are built of.
         groups: The process groups of the layout.
     """
 
@@ -51,6 +54,7 @@ class Geneformer(LanguageModule):
         transformer_config: TransformerConfig,
         *,
         num_tokens: int,
+        parts: LayerParts,
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=transformer_config, pg_collection=groups)
@@ -71,7 +75,7 @@ class Geneformer(LanguageModule):
             )
         self.encoder = TransformerBlock(
             transformer_config,
-            pre_norm_torch_spec(transformer_config) if config.is_pre_norm else post_norm_torch_spec(),
+            pre_norm_spec(parts, transformer_config) if config.is_pre_norm else post_norm_spec(parts),
             post_layer_norm=config.is_pre_norm,
             pre_process=self.pre_process,
             post_process=self.post_process,
@@ -84,7 +88,7 @@ class Geneformer(LanguageModule):
             self.output_layer = ColumnParallelLinear(
                 transformer_config.hidden_size,
                 padded_tokens,
-                config=_without_sequence_parallelism(transformer_config),
+                config=_of_output_layer(transformer_config),
                 init_method=transformer_config.init_method,
                 bias=True,
                 skip_weight_param_allocation=self.pre_process,
@@ -108,8 +112,9 @@ class Geneformer(LanguageModule):
         """Run this stage.
 
         Args:
-            tokens_BS: Token ids, int64: a cell a row, or one row of packed cells.
-            is_padding_BS: True where there is no token; such places are never attended to.
+            tokens_BS: Token ids, int64: a cell a row, or one row of packed cells; where context-parallel processes
+                share rows, this one's part of them.
+            is_padding_BS: True where there is no token; such places are never attended to. Of whole rows.
             places_M: The places to predict, as b x S + s, int64; None means all, in that order.
             packed: Where the cells of a packed row end; none attends to another.
 
@@ -126,6 +131,8 @@ class Geneformer(LanguageModule):
         self, tokens_BS: torch.Tensor, is_padding_BS: torch.Tensor | None = None, *, packed: PackedCells | None = None
     ) -> torch.Tensor:
         """The output of this stage's layers, [S, B, D], or this rank's part of S under sequence parallelism."""
+        S_row = tokens_BS.shape[1] * self.config.context_parallel_size
+        assert is_padding_BS is None or is_padding_BS.shape[1] == S_row, (is_padding_BS.shape, S_row)
         places_T = None if packed is None else packed.places_T
         embedded_SBD = self.embedding(tokens_BS, places_T) if self.pre_process else None
         hidden_SBD: torch.Tensor = self.encoder(
@@ -134,6 +141,7 @@ class Geneformer(LanguageModule):
         return hidden_SBD
 
     def _logits(self, hidden_SBD: torch.Tensor, places_M: torch.Tensor | None) -> torch.Tensor:
+        hidden_SBD = hidden_SBD.to(self.config.params_dtype)
         if self.config.sequence_parallel:
             # The head works on whole sequences on every rank, so the backward only cuts the gradient.
             hidden_SBD = tensor_parallel.gather_from_sequence_parallel_region(
@@ -160,9 +168,11 @@ def _attention_mask(is_padding_BS: torch.Tensor | None) -> torch.Tensor | None:
     return is_hidden_BS[:, None, None, :] if has_padding else None
 
 
-def _without_sequence_parallelism(config: TransformerConfig) -> TransformerConfig:
+def _of_output_layer(config: TransformerConfig) -> TransformerConfig:
+    """Of Megatron's own linear whatever the layers are built of, without sequence parallelism."""
     plain = copy.copy(config)
     plain.sequence_parallel = False
+    plain.gradient_accumulation_fusion = config.gradient_accumulation_fusion and can_fuse_gradients()
     return plain
 
 
@@ -181,6 +191,7 @@ def make_transformer_config(
         sequence_parallel: Whether activations are split along the sequence between tensor-parallel ranks.
         **settings: Of Megatron's own, such as those of recomputing activations.
     """
+    is_wide = settings.get("fp32_residual_connection", False)
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -195,10 +206,11 @@ def make_transformer_config(
         output_layer_init_method=_leave_as_is,
         embedding_init_method=_leave_as_is,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        pipeline_dtype=torch.float32 if is_wide else dtype,
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
         sequence_parallel=sequence_parallel,
         # Cells differ in length, so pipeline stages tell each other the shape of every micro-batch.
         variable_seq_lengths=True,
@@ -210,7 +222,6 @@ def make_transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         **settings,
     )
 
@@ -222,6 +233,8 @@ def build_geneformer(
     dtype: torch.dtype,
     sequence_parallel: bool,
     seed: int,
+    layers: Implementation = "torch",
+    is_compiled: bool = False,
     **settings: Any,
 ) -> Geneformer:
     """Build this rank's part of the model with its initial weights.
@@ -232,11 +245,14 @@ def build_geneformer(
         dtype: Of parameters and activations.
         sequence_parallel: Whether activations are split along the sequence between tensor-parallel ranks.
         seed: Of the initial weights, which do not depend on the layout.
+        layers: What they are built of; `celltron.models.layers.choice` says which of them can be.
+        is_compiled: Whether what stands between a layer's matrix products is compiled in training.
         **settings: Of Megatron's `TransformerConfig`, such as those of recomputing activations.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     transformer_config = make_transformer_config(config, dtype=dtype, sequence_parallel=sequence_parallel, **settings)
-    model = Geneformer(config, transformer_config, num_tokens=num_tokens, groups=groups)
+    parts = layer_parts(layers, transformer_config, is_compiled=is_compiled)
+    model = Geneformer(config, transformer_config, num_tokens=num_tokens, parts=parts, groups=groups)
     initialise(
         model, seed=seed, standard_deviation=config.initial_standard_deviation, num_tokens=num_tokens
     )

@@ -1,4 +1,4 @@
-"""The JSON files beside NeMo 2's `weights/`: the config in `context/io.json`, BioNeMo's vocabulary and medians.
+"""The JSON files beside NeMo 2's `weights/`: the config in `context/io.json`, and BioNeMo's vocabulary.
 
 `io.json` is Fiddle's: an object is a list of items, each the text of a path element (`Attr(name='num_layers')`) and a
 value; a plain value is `{"type": "leaf", "value": ...}`, a function `{"type": "pyref", "module": ..., "name": ...}`.
@@ -6,14 +6,12 @@ NeMo records the arguments that the config was made with, and leaves out those t
 come from anywhere, so all that is read is checked; no class that they name is loaded.
 """
 
-import json
 import re
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from celltron.core import CLS, MASK, PAD, InputError, MedianTable, Vocabulary
+from celltron.core import CLS, MASK, PAD, InputError, Vocabulary
+from celltron.models.geneformer.foreign_json import read_json
 
 CONTEXT_NAME = "context/io.json"
 # BioNeMo's special tokens in the order of their ids, and ours.
@@ -46,7 +44,6 @@ _ARCHITECTURE: dict[str, Any] = {
 # By these a model's config is told from the other objects.
 _OF_A_MODEL = {"num_layers", "hidden_size", "num_attention_heads", "activation_func"}
 _ATTRIBUTE = re.compile(r"name='(\w+)'")
-_MAX_JSON_BYTES = 256 * 1024 * 1024
 
 
 def read_nemo_settings(folder: Path) -> dict[str, Any]:
@@ -61,7 +58,7 @@ def read_nemo_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONTEXT_NAME
     if not path.is_file():
         return {}
-    objects = _read_json(path).get("objects")
+    objects = read_json(path).get("objects")
     if not isinstance(objects, dict):
         raise InputError(f"{path} holds no objects, as NeMo's do; use an undamaged checkpoint")
     configs = [items for items in map(_list_items, objects.values()) if items.keys() & _OF_A_MODEL]
@@ -112,7 +109,7 @@ def read_nemo_vocabulary(path: Path) -> Vocabulary:
     Raises:
         InputError: the ids are not 0, 1, 2, ..., or the first five tokens are not BioNeMo's.
     """
-    ids = _read_json(path).get("vocab")
+    ids = read_json(path).get("vocab")
     if not isinstance(ids, dict):
         raise InputError(f"{path} holds no 'vocab', as BioNeMo's vocabulary does; use another file")
     by_id = {place: token for token, place in ids.items() if type(place) is int}
@@ -128,39 +125,3 @@ def read_nemo_vocabulary(path: Path) -> Vocabulary:
         return vocabulary_of_genes(tuple(tokens[len(SPECIALS) :]))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def read_nemo_medians(path: Path) -> MedianTable:
-    """Read BioNeMo's `medians.json`: gene to median.
-
-    Raises:
-        InputError: a median is no number above 0.
-    """
-    medians: Mapping[str, Any] = _read_json(path)
-    # No true or false, NaN, infinity, or whole number beyond float64.
-    good = {
-        gene
-        for gene, value in medians.items()
-        if type(value) in (int, float) and abs(value) <= sys.float_info.max
-    }
-    bad = next((gene for gene in medians if gene not in good), None)
-    if bad is not None:
-        raise InputError(f"{path}: the median of {bad!r} is {medians[bad]!r:.60}, wanted a number; mend that value")
-    try:
-        return MedianTable(list(medians), list(medians.values()))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path} is missing; check the path")
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise InputError(f"{path} is larger than {_MAX_JSON_BYTES} bytes, which no such file is; use another")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable as JSON ({error}); use an undamaged file") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no JSON object; use an undamaged file")
-    return values

@@ -30,6 +30,8 @@ class Share:
     """Stages."""
     stage: int = 0
     """This process's."""
+    context: int = 1
+    """Processes that share every row's places."""
     sequence_parallel: bool = False
     """Whether tensor-parallel processes cut the sequence between the matrices."""
 
@@ -51,12 +53,15 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Places:
-    """What a micro-batch holds; averages are no whole numbers."""
+    """What of a micro-batch a process computes on; averages are no whole numbers.
+
+    Of context-parallel processes each has an equal part of the places.
+    """
 
     computed: float
     """T, padding included."""
     squares: float
-    """Sum over cells of the square of their length, as far as it is computed on."""
+    """Sum over places of the length of their cell, as far as it is computed on: of whole cells the squares of those."""
     predicted: float
     """M."""
 
@@ -128,6 +133,7 @@ def layer_bytes(
         queries, keys, values; what attention gives, a cell a time; those
         together                                                             5 D / t
         feed-forward behind its ReLU; before and behind a GELU               F / t; 2 F / t
+        of c context-parallel processes: keys and values of the whole row    2 D c / t
 
     besides a dropout mask after each branch (D), float32 normalisers of the attention (N / t) and of the norms (4).
 
@@ -136,7 +142,8 @@ def layer_bytes(
         share: The process.
         value_bytes: b.
         mask_bytes: Of a place of a dropout mask; on a CPU they are values.
-        recompute: With `selective` a layer keeps nothing that its attention gives but the whole of it.
+        recompute: With `selective` a layer keeps nothing that its attention gives but the whole of it, nor what it
+            gathers.
     """
     D, F = config.hidden_size, config.ffn_hidden_size
     if recompute == "full":
@@ -146,7 +153,13 @@ def layer_bytes(
     on_heads = (4 * D + (2 if config.is_pre_norm else 1) * F) * value_bytes
     if recompute == "none":
         on_heads += D * value_bytes + config.num_attention_heads * FLOAT32_BYTES
+        on_heads += _values_of_row(config, share) * value_bytes
     return on_sequence / share.sequence + on_heads / share.tensor
+
+
+def _values_of_row(config: GeneformerConfig, share: Share) -> int:
+    """Keys and values that context-parallel processes gather, for each place of one of them."""
+    return 2 * config.hidden_size * share.context if share.context > 1 else 0
 
 
 def activation_bytes(
@@ -200,7 +213,7 @@ def working_bytes(
     A layer that is computed anew keeps for that while what it would have kept.
     """
     D, F = config.hidden_size, config.ffn_hidden_size
-    of_layer = value_bytes * (2 * D + max(2 * F, 6 * D) / share.tensor)
+    of_layer = value_bytes * (2 * D + max(2 * F, 6 * D + _values_of_row(config, share)) / share.tensor)
     if recompute != "none":
         kept = layer_bytes(config, share, value_bytes=value_bytes, recompute=recompute)
         of_layer += layer_bytes(config, share, value_bytes=value_bytes) - kept

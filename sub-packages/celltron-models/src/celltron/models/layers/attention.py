@@ -1,12 +1,14 @@
 """Core attention on PyTorch's scaled_dot_product_attention.
 
-Axes: B cells, S places, T tokens of packed cells, N heads held by this rank, H head width, D = N x H.
+Axes: B cells, S places, T tokens of packed cells, N heads held by this rank, H head width, D = N x H. `_row` marks all
+places of a row, of which S or T are this context-parallel process's part.
 """
 
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,13 +20,26 @@ class SdpaCoreAttention(MegatronModule):
     """Bidirectional attention softmax(q k^T / sqrt(H)) v (Vaswani et al. 2017, eq. 1), never building S x S scores.
 
     Takes the place of Megatron's `DotProductAttention`, which materialises the scores. `attention_mask` is boolean,
-    broadcastable to [B, 1, S, S], and True where a place must not be attended to, as everywhere in Megatron.
+    broadcastable to [B, 1, S, S_row], and True where a place must not be attended to, as everywhere in Megatron.
+
+    Where context-parallel processes share the row, each has the queries of its own places attend to the keys and values
+    of all, which are gathered in one call; the backward pass sums and scatters their gradients. All places see all, so
+    that parts of like length are about as much work.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *unused: Any, **unused_keywords: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *unused: Any,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused_keywords: Any,
+    ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.dropout = config.attention_dropout
+        group = None if pg_collection is None else pg_collection.cp
+        self.context_group = group if group is not None and group.size() > 1 else None
 
     def forward(
         self,
@@ -37,12 +52,25 @@ class SdpaCoreAttention(MegatronModule):
         **unused: Any,
     ) -> torch.Tensor:
         """Return the attended values, [S, B, N x H] for q, k, v [S, B, N, H], [T, N x H] for packed [T, N, H]."""
+        if self.context_group is not None:
+            k, v = _gather_row(k, v, packed_seq_params, self.context_group)
         dropout = self.dropout if self.training else 0.0
         if dropout > 0:
             # Heads are split over tensor-parallel ranks, so each rank must drop other probabilities.
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 return _attend(q, k, v, attention_mask, packed_seq_params, dropout)
         return _attend(q, k, v, attention_mask, packed_seq_params, dropout)
+
+
+def _gather_row(
+    k: torch.Tensor, v: torch.Tensor, packed: PackedCells | None, group: torch.distributed.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the row, put together from the group's parts; of packed cells those that have a part here."""
+    both_row = tensor_parallel.gather_from_sequence_parallel_region(
+        torch.stack((k, v), dim=1), tensor_parallel_output_grad=True, group=group
+    )
+    k_row, v_row = (both_row if packed is None else both_row[packed.keys]).unbind(1)
+    return k_row, v_row
 
 
 def _attend(
@@ -66,18 +94,23 @@ def attend_packed(
 ) -> torch.Tensor:
     """Attention within each cell, [T, N x H]; nothing is computed across cells or on padding.
 
-    On CUDA in half precision all cells are one call of flash attention for variable lengths (Dao 2023), which has no
+    Keys and values are those of the cells that have queries here, whole: of a part of a row at its `packed.keys`. On
+    CUDA in half precision all cells are one call of flash attention for variable lengths (Dao 2023), which has no
     dropout; elsewhere each cell is a call.
     """
+    num_keys = packed.keys.stop - packed.keys.start
+    assert len(k_TNH) == num_keys, f"{len(k_TNH)} keys, wanted those of {num_keys} places"
     if q_TNH.is_cuda and dropout == 0.0 and q_TNH.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
-        ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        out_TNH: torch.Tensor = varlen_attn(q_TNH, k_TNH, v_TNH, ends, ends, longest, longest)  # type: ignore[assignment]
+        ends = (packed.cu_seqlens_q, packed.cu_seqlens_kv)
+        longest = (packed.max_seqlen_q, packed.max_seqlen_kv)
+        out_TNH: torch.Tensor = varlen_attn(q_TNH, k_TNH, v_TNH, *ends, *longest)  # type: ignore[assignment]
         return out_TNH.flatten(1)
     out = []
-    lengths = list(packed.lengths)
-    for cell in zip(*(torch.split(tensor, lengths) for tensor in (q_TNH, k_TNH, v_TNH)), strict=True):
+    lengths, key_lengths = list(packed.lengths), list(packed.key_lengths)
+    parts = zip((q_TNH, k_TNH, v_TNH), (lengths, key_lengths, key_lengths), strict=True)
+    for cell in zip(*(torch.split(tensor, of_tensor) for tensor, of_tensor in parts), strict=True):
         q_1NSH, k_1NSH, v_1NSH = (tensor.transpose(0, 1)[None] for tensor in cell)
         out_1NSH = scaled_dot_product_attention(q_1NSH, k_1NSH, v_1NSH, dropout_p=dropout)
         out.append(out_1NSH[0].transpose(0, 1).flatten(1))

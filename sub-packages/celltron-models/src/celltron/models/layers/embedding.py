@@ -1,6 +1,6 @@
 """BERT's input embedding under tensor and sequence parallelism.
 
-Axes: B cells, S places in a cell, D width, V vocabulary.
+Axes: B cells, S places in a cell (this context-parallel process's part of them), D width, V vocabulary.
 """
 
 import torch
@@ -24,7 +24,7 @@ class BertEmbedding(MegatronModule):
         max_positions: The longest cell, in places.
         num_token_types: Rows of the token-type table, of which only the first is used; 0 makes none.
         has_norm: Whether the sum is normalised.
-        groups: The tensor-parallel group.
+        groups: The tensor-parallel and the context-parallel group.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class BertEmbedding(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.groups = groups
+        self.context_rank = groups.cp.rank()
         placement = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
         self.word_embeddings = VocabParallelEmbedding(
             num_tokens,
@@ -57,13 +58,19 @@ class BertEmbedding(MegatronModule):
         self.dropout = torch.nn.Dropout(config.hidden_dropout)
 
     def forward(self, tokens_BS: torch.Tensor, places_S: torch.Tensor | None = None) -> torch.Tensor:
-        """Return [S, B, D], or this rank's part of S under sequence parallelism.
+        """Return [S, B, D], or this rank's part of S under sequence parallelism; float32 where the residual is.
 
-        `places_S` says where in its cell each token stands, for cells packed into one row; rows are cells without.
+        `places_S` says where in its cell each token stands, for cells packed into one row; without, rows are this
+        context-parallel process's part of cells.
         """
         if places_S is None:
-            places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        embedded_BSD = self.word_embeddings(tokens_BS) + self.position_embeddings(places_S)
+            S = tokens_BS.shape[1]
+            first = self.context_rank * S
+            places_S = torch.arange(first, first + S, device=tokens_BS.device)
+        words_BSD = self.word_embeddings(tokens_BS)
+        if self.config.fp32_residual_connection:
+            words_BSD = words_BSD.float()
+        embedded_BSD = words_BSD + self.position_embeddings(places_S)
         if self.token_type_embeddings is not None:
             embedded_BSD = embedded_BSD + self.token_type_embeddings.weight[0]
         embedded_SBD: torch.Tensor = embedded_BSD.transpose(0, 1).contiguous()

@@ -1,4 +1,8 @@
-"""Layer normalisation that Megatron's sequence parallelism understands."""
+"""Layer normalisation that Megatron's sequence parallelism understands, and a residual in float32.
+
+With Megatron's `fp32_residual_connection` hidden states are float32 between the branches of bfloat16 layers. A norm
+computes in its input's dtype, and what enters a branch is rounded to the weights'.
+"""
 
 from typing import Any
 
@@ -29,9 +33,37 @@ class LayerNorm(torch.nn.LayerNorm):
         is_split: bool | None = None,
         **unused: Any,
     ) -> None:
-        super().__init__(
-            hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype
-        )
+        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
         is_split = config.sequence_parallel if is_split is None else is_split
         for parameter in (self.weight, self.bias):
             parameter.sequence_parallel = is_split  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The normalised hidden states, in their dtype."""
+        return normalise(hidden, self.weight, self.bias, self.eps)
+
+
+class RoundedLayerNorm(LayerNorm):
+    """The norm before a branch: its output has the weights' dtype."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The normalised hidden states."""
+        return super().forward(hidden).to(self.weight.dtype)
+
+
+class Rounding(torch.nn.Module):
+    """Hidden states as a branch takes them where no norm stands before it: in the weights' dtype."""
+
+    def __init__(self, config: TransformerConfig, **unused: Any) -> None:
+        super().__init__()
+        self.dtype = config.params_dtype
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same, or rounded."""
+        return hidden.to(self.dtype)
+
+
+def normalise(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) weight + bias over the last axis (Ba et al. 2016), in the dtype of x."""
+    weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
+    return torch.nn.functional.layer_norm(hidden, weight.shape, weight, bias, eps)

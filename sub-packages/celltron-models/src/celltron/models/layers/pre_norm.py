@@ -4,30 +4,30 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from celltron.models.layers.norm import LayerNorm
-from celltron.models.layers.post_norm import post_norm_torch_spec
+from celltron.models.layers.layer import Layer, LayerSubmodules
+from celltron.models.layers.parts import LayerParts
 
 
-def pre_norm_torch_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def pre_norm_spec(parts: LayerParts, config: TransformerConfig) -> TransformerBlockSubmodules:
     """This stage's layers, x += attention(norm(x)), then x += mlp(norm(x)), and the norm that follows the last one.
 
-    The layer is Megatron's own; its branches are those of the post-norm layer.
+    With a residual in float32 the sums are float32, and the norms round.
     """
-    branches = post_norm_torch_spec().submodules
     layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
-            self_attention=branches.self_attention,
-            self_attn_bda=branches.self_attn_bda,
-            pre_mlp_layernorm=LayerNorm,
-            mlp=branches.mlp,
-            mlp_bda=branches.mlp_bda,
+        module=Layer,
+        submodules=LayerSubmodules(
+            input_layernorm=parts.branch_norm,
+            self_attention=parts.self_attention(),
+            self_attn_bda=parts.branch_end(),
+            pre_mlp_layernorm=parts.branch_norm,
+            feed_forward=parts.feed_forward(),
+            mlp_bda=parts.branch_end(),
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=LayerNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=parts.branch_norm
+    )
 
 
 def gelu_tanh(values: torch.Tensor) -> torch.Tensor:

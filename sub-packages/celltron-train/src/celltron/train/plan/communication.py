@@ -62,6 +62,8 @@ class Stage:
     """On this stage."""
     num_recomputed_layers: int
     """Of them, those whose whole forward pass the backward pass does once more."""
+    num_reattended_layers: int = 0
+    """Of them, those whose attention the backward pass does once more."""
     num_parameters: float
     """On this process."""
     num_split_parameters: float
@@ -75,17 +77,17 @@ class Stage:
     num_micro_batches: float
     """In a step."""
     hidden_bytes: float
-    """The hidden states of all places of the step, whole."""
+    """The hidden states of all places of the step, whole; of context-parallel processes this one's places."""
     predicted_bytes: float
-    """The hidden states of the places that are predicted."""
+    """The hidden states of those of them that are predicted."""
     num_predicted: float
-    """Places of the step that are predicted."""
+    """How many they are."""
 
 
 def list_exchanges(stage: Stage, layout: Layout) -> list[Exchange]:
     """All that a process exchanges in a step."""
-    exchanges = [*_within_layers(stage, layout), *_head(stage), *_between_stages(stage, layout)]
-    exchanges += _gradients(stage, layout)
+    exchanges = [*_within_layers(stage, layout), *_attention(stage, layout), *_head(stage)]
+    exchanges += [*_between_stages(stage, layout), *_gradients(stage, layout)]
     return [exchange for exchange in exchanges if layout.group_size(exchange.group) > 1 and exchange.tensor_bytes]
 
 
@@ -109,6 +111,15 @@ def _within_layers(stage: Stage, layout: Layout) -> Iterable[Exchange]:
         yield Exchange("tensor", "all_reduce", m * sums, hidden * sums)
 
 
+def _attention(stage: Stage, layout: Layout) -> Iterable[Exchange]:
+    """Keys and values of whole rows are gathered, whenever a layer attends; backward their gradients are scattered."""
+    m, context = stage.num_micro_batches, layout.parallel.context
+    row = 2 * stage.hidden_bytes * context / layout.parallel.tensor
+    gathers = stage.num_layers + stage.num_reattended_layers
+    yield Exchange("context", "all_gather", m * gathers, row * gathers)
+    yield Exchange("context", "reduce_scatter", m * stage.num_layers, row * stage.num_layers)
+
+
 def _head(stage: Stage) -> Iterable[Exchange]:
     """Before the decoder a sum backward, and the cross entropy's three sums of a number a place."""
     if stage.is_last:
@@ -126,7 +137,7 @@ def _between_stages(stage: Stage, layout: Layout) -> Iterable[Exchange]:
 
 
 def _gradients(stage: Stage, layout: Layout) -> Iterable[Exchange]:
-    """Once a step: gradients of replicas, of what several tensor-parallel processes hold, and of the tied embedding."""
+    """Once a step: gradients of copies, of what several tensor-parallel processes hold, and of the tied embedding."""
     of_all = stage.num_parameters * stage.gradient_bytes
     if layout.parallel.distributed_optimizer:
         yield Exchange("data", "reduce_scatter", 1, of_all)

@@ -7,37 +7,49 @@ from typing import Literal
 from celltron.train.parallel import ParallelConfig
 from celltron.train.plan.gpus import GPUS_PER_NODE
 
-Group = Literal["tensor", "pipeline", "data", "embedding"]
+Group = Literal["tensor", "context", "pipeline", "data", "embedding"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How processes, one a GPU, divide the work: tensor x pipeline x data of them."""
+    """How processes, one a GPU, divide the work: tensor x pipeline x context x data of them."""
 
     parallel: ParallelConfig
     """The degrees that a run is given."""
     data: int
-    """Copies of the model."""
+    """Replicas, each with cells of its own."""
 
     @property
     def num_gpus(self) -> int:
         """All processes."""
-        return self.parallel.tensor * self.parallel.pipeline * self.data
+        return self.parallel.tensor * self.parallel.pipeline * self.num_copies
+
+    @property
+    def num_copies(self) -> int:
+        """Processes that hold the same parameters: those of the replicas, and of each those that share its cells."""
+        return self.parallel.context * self.data
 
     def group_size(self, group: Group) -> int:
-        """Processes of a group; the embedding's are the first stage and the last."""
+        """Processes of a group; data's are all copies, the embedding's the first stage and the last."""
         return {
             "tensor": self.parallel.tensor,
+            "context": self.parallel.context,
             "pipeline": self.parallel.pipeline,
-            "data": self.data,
+            "data": self.num_copies,
             "embedding": min(2, self.parallel.pipeline),
         }[group]
 
     def group_stride(self, group: Group) -> int:
-        """From one rank of a group to its next: Megatron counts tensor ranks first, then data, then stages."""
-        tensor, replicas = self.parallel.tensor, self.parallel.tensor * self.data
+        """From one rank of a group to its next: Megatron counts tensor ranks, then context, then data, then stages."""
+        tensor, stage = self.parallel.tensor, self.parallel.tensor * self.num_copies
         stages_apart = max(1, self.parallel.pipeline - 1)
-        return {"tensor": 1, "data": tensor, "pipeline": replicas, "embedding": replicas * stages_apart}[group]
+        return {
+            "tensor": 1,
+            "context": tensor,
+            "data": tensor,
+            "pipeline": stage,
+            "embedding": stage * stages_apart,
+        }[group]
 
     def members_per_node(self, group: Group) -> int:
         """Processes of a group on one machine; all of them where it lies within one.
@@ -55,22 +67,23 @@ class Layout:
         return self.members_per_node(group) < self.group_size(group)
 
 
-def list_layouts(num_gpus: int) -> Iterator[Layout]:
-    """Every way to give out `num_gpus`, whatever the model.
+def list_layouts(num_gpus: int, *, context: int = 1) -> Iterator[Layout]:
+    """Every way to give out `num_gpus`, whatever the model, `context` of them to each replica's cells.
 
     Tensor-parallel processes share a machine, for they exchange activations several times a layer (Narayanan et al.
     2021, doi:10.1145/3458817.3476209, section 3.2, takeaway 1).
     """
-    for tensor in _divisors(num_gpus):
+    for tensor in _divisors(num_gpus // context):
         if tensor > GPUS_PER_NODE:
             break
-        for pipeline in _divisors(num_gpus // tensor):
-            data = num_gpus // tensor // pipeline
+        for pipeline in _divisors(num_gpus // context // tensor):
+            data = num_gpus // context // tensor // pipeline
             for sequence_parallel in (False, True)[: 2 if tensor > 1 else 1]:
-                for distributed_optimizer in (False, True)[: 2 if data > 1 else 1]:
+                for distributed_optimizer in (False, True)[: 2 if context * data > 1 else 1]:
                     parallel = ParallelConfig(
                         tensor=tensor,
                         pipeline=pipeline,
+                        context=context,
                         sequence_parallel=sequence_parallel,
                         distributed_optimizer=distributed_optimizer,
                     )
