@@ -1,7 +1,7 @@
 # celltron on CUDA. Build at the root of the repository:
 #   docker build --tag celltron:cuda .
 # Run, with your cells in the current folder:
-#   docker run --rm --init --gpus all --ipc=host --user "$(id -u):$(id -g)" --volume "$PWD:/work" --workdir /work \
+#   docker run --rm --init --gpus all --ipc=host --user "$(id -u):$(id -g)" --volume "$PWD:/data" --workdir /data \
 #       celltron:cuda info cells.store
 # On several GPUs: --entrypoint torchrun celltron:cuda --standalone --nproc-per-node=8 -m celltron.cli.main train ...
 

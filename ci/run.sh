@@ -31,7 +31,7 @@ tests_beside() {
     local failed=0
     run python -m pytest -q -p no:cacheprovider sub-packages/celltron-core sub-packages/celltron-cells || failed=1
     run python -m pytest -q -p no:cacheprovider sub-packages/celltron-models sub-packages/celltron-train || failed=1
-    run python -m pytest -q -p no:cacheprovider tests/kill tests/launch tests/plan || failed=1
+    run python -m pytest -q -p no:cacheprovider tests/equivalence tests/golden tests/kill tests/launch tests/plan || failed=1
     return "$failed"
 }
 
@@ -46,7 +46,8 @@ tests() {
     mkdir -p build
     tests_beside >build/tests_beside.log 2>&1 &
     beside=$!
-    run python -m pytest -q tests --ignore tests/kill --ignore tests/launch --ignore tests/plan || failed=1
+    run python -m pytest -q tests --ignore tests/equivalence --ignore tests/golden --ignore tests/kill \
+        --ignore tests/launch --ignore tests/plan || failed=1
     wait "$beside" || failed=1
     cat build/tests_beside.log
     run python -m pytest -q --doctest-modules -o consider_namespace_packages=true src recipes sub-packages/*/src || failed=1

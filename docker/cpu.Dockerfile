@@ -1,7 +1,7 @@
 # celltron on CPUs, at the versions that its tests are run with. Build at the root of the repository:
 #   docker build --file docker/cpu.Dockerfile --tag celltron:cpu .
 # Run, with your cells in the current folder:
-#   docker run --rm --init --user "$(id -u):$(id -g)" --volume "$PWD:/work" --workdir /work \
+#   docker run --rm --init --user "$(id -u):$(id -g)" --volume "$PWD:/data" --workdir /data \
 #       celltron:cpu info cells.store
 
 FROM python:3.11-slim
@@ -25,7 +25,7 @@ COPY sub-packages/celltron-core/pyproject.toml sub-packages/celltron-core/
 COPY sub-packages/celltron-cells/pyproject.toml sub-packages/celltron-cells/
 COPY sub-packages/celltron-models/pyproject.toml sub-packages/celltron-models/
 COPY sub-packages/celltron-train/pyproject.toml sub-packages/celltron-train/
-RUN python docker/list_requirements.py hf s3 http > docker/requirements.txt \
+RUN python docker/list_requirements.py hf s3 http wandb tensorboard > docker/requirements.txt \
     && pip install --no-cache-dir -c constraints.txt -r docker/requirements.txt
 
 # celltron itself. Its files are the user's, since compiled kernels are kept beside them.

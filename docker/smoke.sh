@@ -17,12 +17,12 @@ fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-# As whoever runs this, so that what is written to the folder is theirs.
+# As whoever runs this, so that what is written to the folder is theirs. To bash before 4.4 an empty array is an unset one.
 in_image() {
     local options=()
     if [[ "$(basename "$engine")" == podman ]]; then options=(--userns=keep-id); fi
-    "$engine" run --rm --init --user "$(id -u):$(id -g)" --env HOME=/tmp "${options[@]}" \
-        --volume "$folder:/work" --workdir /work "$@"
+    "$engine" run --rm --init --user "$(id -u):$(id -g)" --env HOME=/tmp ${options[@]+"${options[@]}"} \
+        --volume "$folder:/data" --workdir /data "$@"
 }
 
 in_image "$image" --version

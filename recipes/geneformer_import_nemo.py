@@ -55,8 +55,9 @@ class Config:
     out: str = ""
     """The checkpoint folder to make."""
     vocabulary: str = ""
-    """What the tokens are: BioNeMo's geneformer.vocab, a table with ensembl_id, token_id and median (.tsv, .tsv.gz), or
-    `gc30M`: BioNeMo's five special tokens and the genes of Geneformer's published table in its order."""
+    """What the tokens are: BioNeMo's geneformer.vocab, which starts with its five special tokens; a table with
+    ensembl_id, token_id and median (.tsv, .tsv.gz) that starts with <cls>, <mask>, <pad>, <sep> and <unknown> for
+    them; or `gc30M`: these and the genes of Geneformer's published table in its order."""
     medians: str = ""
     """BioNeMo's medians.json; empty takes those of the table, or none."""
     num_attention_heads: int = 0
@@ -153,11 +154,22 @@ def read_vocabulary(config: Config) -> tuple[Vocabulary, MedianTable | None]:
         vocabulary = vocabulary_of_genes(published.genes)
     elif path.name.endswith((".tsv", ".tsv.gz")):
         vocabulary, medians = load_vocabulary_table(path)
+        check_specials(vocabulary, path)
     else:
         vocabulary = read_nemo_vocabulary(path)
     if config.medians:
         medians = read_medians(Path(config.medians))
     return vocabulary, medians
+
+
+def check_specials(vocabulary: Vocabulary, path: Path) -> None:
+    """Refuse a table with other special tokens: it may pad to as many rows, but every gene would have another's row."""
+    nemo = vocabulary_of_genes(vocabulary.genes)
+    if vocabulary != nemo:
+        found, wanted = (", ".join(one.tokens[: one.first_gene_id]) for one in (vocabulary, nemo))
+        raise InputError(
+            f"{path} starts with {found}, wanted {wanted}; use a table of the tokens that BioNeMo trained with"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pretrain Geneformer: counts in (a store or .h5ad files), checkpoints out; on one process or under torchrun."""
+"""Pretrain Geneformer: counts in (a store or files of counts), checkpoints out; on one process or under torchrun."""
 
 import shutil
 import sys

@@ -16,9 +16,17 @@ import numpy as np
 
 from celltron.cells import Batch, CellReader, Loader, RankTokenizer, convert, open_cells
 from celltron.cells.open_cells import is_converted
-from celltron.core import InputError, __version__, load_config, load_published_geneformer, write_atomically
+from celltron.core import (
+    InputError,
+    Vocabulary,
+    __version__,
+    load_config,
+    load_published_geneformer,
+    write_atomically,
+)
 from celltron.recipes.benchmarks.bench_machine import describe_commit, describe_machine
 from celltron.recipes.shared.pretrain_config import Config as RunConfig
+from celltron.train.engine import Layers
 
 CELLS = Path(__file__).resolve().parents[1] / "data" / "pbmc_citeseq" / "pbmc_citeseq.h5ad"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -37,6 +45,8 @@ class ComparisonConfig:
     """Of the weights in all systems."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where all run."""
+    layers: Layers = "auto"
+    """What celltron's layers are built of; see `engine.layers` of a run."""
     out: str
     """Folder for results."""
     cells: int = 64
@@ -59,7 +69,8 @@ class ComparisonConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and field.name != "seed" and value < 1:
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if is_number and field.name != "seed" and value < 1:
                 raise InputError(f"{field.name} is {value}: wanted 1 or more")
         if self.cells % (self.padded_share * self.batch_size):
             raise InputError(
@@ -81,7 +92,12 @@ def draw_cells(
         batch = next(loader)
     if not batch.lengths.all():
         raise InputError(f"{data} has cells without any gene of the vocabulary: leave those out")
-    facts = {
+    return batch, describe_cells(batch, vocabulary)
+
+
+def describe_cells(batch: Batch, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What results say of cells and vocabulary."""
+    return {
         "num_cells": len(batch),
         "num_tokens": len(batch.tokens),
         "median_length": float(np.median(batch.lengths)),
@@ -89,7 +105,6 @@ def draw_cells(
         "vocabulary": len(vocabulary),
         "pad_id": vocabulary.pad_id,
     }
-    return batch, facts
 
 
 def _open_store(data: str, scratch: Path) -> CellReader:
@@ -308,14 +323,23 @@ def headline(results: Mapping[str, Any], notes: Sequence[str]) -> list[str]:
     ]
 
 
+def _arithmetic(row: Mapping[str, Any]) -> dict[str, str]:
+    """Columns of a system's floating-point operations; none where they were not counted."""
+    if "flops_per_second" not in row:
+        return {}
+    return {"TFLOP/s": f"{row['flops_per_second'] / 1e12:,.4g}", "of peak": f"{row['utilisation']:.1%}"}
+
+
 def _format_text(comparison: Comparison, results: Mapping[str, Any], notes: Sequence[str]) -> str:
-    head = f"{'':12}{'cells/s':>12}{'real tokens/s':>15}{'seconds':>10}  least to most"
+    columns = "".join(f"{name:>10}" for name in _arithmetic(results[comparison.systems[0]]))
+    head = f"{'':12}{'cells/s':>12}{'real tokens/s':>15}{columns}{'seconds':>10}  least to most"
     lines = [*headline(results, notes), "", head]
     for system in comparison.systems:
         row, seconds = results[system], results[system]["seconds"]
         lines.append(
             f"{system:12}{row['cells_per_second']:>12,.2f}{row['real_tokens_per_second']:>15,.0f}"
-            f"{seconds['median']:>10.3g}  {seconds['min']:.3g} to {seconds['max']:.3g}"
+            + "".join(f"{value:>10}" for value in _arithmetic(row).values())
+            + f"{seconds['median']:>10.3g}  {seconds['min']:.3g} to {seconds['max']:.3g}"
         )
     lines += ["", *(f"{name}: {ratio:.2f} x" for name, ratio in results["ratios"].items())]
     return "\n".join(lines)
@@ -323,13 +347,19 @@ def _format_text(comparison: Comparison, results: Mapping[str, Any], notes: Sequ
 
 def _format_markdown(comparison: Comparison, results: Mapping[str, Any], notes: Sequence[str]) -> str:
     lines = [f"## {results['date']}: {comparison.title}", "", "  \n".join(headline(results, notes)), ""]
-    lines += ["| | cells/s | real tokens/s | seconds (least to most) |", "|---|---|---|---|"]
+    columns = list(_arithmetic(results[comparison.systems[0]]))
+    heads = ["", "cells/s", "real tokens/s", *columns, "seconds (least to most)"]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for system in comparison.systems:
         row, seconds = results[system], results[system]["seconds"]
-        lines.append(
-            f"| {system} | {row['cells_per_second']:,.2f} | {row['real_tokens_per_second']:,.0f} | "
-            f"{seconds['median']:.3g} ({seconds['min']:.3g} to {seconds['max']:.3g}) |"
-        )
+        values = [
+            system,
+            f"{row['cells_per_second']:,.2f}",
+            f"{row['real_tokens_per_second']:,.0f}",
+            *_arithmetic(row).values(),
+            f"{seconds['median']:.3g} ({seconds['min']:.3g} to {seconds['max']:.3g})",
+        ]
+        lines.append("| " + " | ".join(values) + " |")
     lines += ["", *(f"- {name}: {ratio:.2f} x" for name, ratio in results["ratios"].items())]
     return "\n".join(lines) + "\n"
 

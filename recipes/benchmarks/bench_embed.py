@@ -82,7 +82,7 @@ def export(job: Job) -> Job:
     """Make a model's initial weights and export them to `job["model"]`, from where every system takes them."""
     torch.set_num_threads(job["threads"])
     config = build_config(GeneformerConfig, job["config"])
-    model = _build(job, config, torch.float32, torch.device("cpu"))
+    model = _build(job | {"layers": "torch"}, config, torch.float32, torch.device("cpu"))
     whole = WholeGeneformer(
         config=config,
         num_tokens=job["num_tokens"],
@@ -126,7 +126,12 @@ def _build(job: Job, config: GeneformerConfig, dtype: torch.dtype, device: torch
     start_process_group(Launch(), device)
     start_model_parallel(ParallelConfig(), seed=job["seed"])
     return build_geneformer(
-        config, num_tokens=job["num_tokens"], dtype=dtype, sequence_parallel=False, seed=job["seed"]
+        config,
+        num_tokens=job["num_tokens"],
+        dtype=dtype,
+        sequence_parallel=False,
+        seed=job["seed"],
+        layers=job["layers"],
     )
 
 

@@ -1,7 +1,7 @@
 """What `train_step.py` measures: training steps of celltron and of transformers' `BertForMaskedLM`, on the same cells.
 
-A step is everything: the batch is made, run forward and backward, and AdamW updates the parameters. The first one of a
-process is not counted.
+A step is everything: the batch is made, run forward and backward, and AdamW updates the parameters. The first ones of a
+process are not counted.
 
 B cells of a batch, S places of its longest cell.
 """
@@ -22,17 +22,23 @@ from celltron.recipes.benchmarks.bench_fit import fit_steps
 from celltron.recipes.geneformer_pretrain import Config
 from celltron.train.launch import Launch, choose_device, start_process_group
 from celltron.train.parallel import start_model_parallel
+from celltron.train.peak import measure_peak
+from celltron.train.precision import DTYPES
 
 
 def answer(job: Job) -> Job:
-    """Seconds of each step on a job's cells."""
+    """Seconds of each of a job's last `steps` steps; where it asks for the peak, what is reached here after them."""
     torch.set_num_threads(job["threads"])
     function = {"celltron": time_celltron, "transformers": time_transformers}[job["library"]]
-    return {"seconds": function(job, read_cells(job["cells"])), **describe_torch(job["device"])}
+    seconds = function(job, read_cells(job["cells"]))
+    answered = {"seconds": seconds[-job["steps"] :], **describe_torch(job["device"])}
+    if job["wants_peak"]:
+        answered["peak_flops"] = measure_peak(torch.device(job["device"]), DTYPES[job["config"]["precision"]])
+    return answered
 
 
 def time_celltron(job: Job, batch: Batch) -> list[float]:
-    """Steps of the training loop itself, with its optimizer."""
+    """Steps of the training loop itself but the first, with its optimizer."""
     config = build_config(Config, job["config"])
     start_process_group(Launch(), choose_device(job["device"], Launch()))
     start_model_parallel(config.parallel, seed=0)
@@ -78,7 +84,7 @@ def time_transformers(job: Job, batch: Batch) -> list[float]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+    return seconds
 
 
 def _transformers_batches(job: Job, batch: Batch) -> Iterator[dict[str, np.ndarray]]:

@@ -19,8 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
 from celltron.core import config_to_dict, parse_arguments, run_command
+from celltron.models.layers.choice import LayerChoice, choose_layers
 from celltron.recipes.benchmarks import bench_embed
 from celltron.recipes.benchmarks.bench_compare import (
     Comparison,
@@ -36,15 +38,16 @@ from celltron.recipes.benchmarks.bench_compare import (
     take_turns,
     write_results,
 )
+from celltron.train.precision import DTYPES
 
-VERSION = 1
+VERSION = 2
 COMPARISON = Comparison(
     name="embed",
     title="embedding",
     systems=("ours_packed", "ours_padded", "hf_grouped", "hf_padded"),
     rate="cells_per_second",
 )
-NAMES = ("data", "shape", "precision", "device", "out", "cells", "repeats", "passes", "threads")
+NAMES = ("data", "shape", "precision", "device", "layers", "out", "cells", "repeats", "passes", "threads")
 FLAGS = {f"--{name}": name for name in NAMES}
 # Largest distance of two vectors of one cell, in their length: float32 sums in another order, bfloat16 rounds every
 # hidden state to 8 bits.
@@ -66,6 +69,8 @@ class Config(ComparisonConfig):
 def main(arguments: Sequence[str]) -> None:
     """Draw cells, export a model, measure, compare the vectors, write."""
     config = parse_arguments(Config, arguments, flags=FLAGS).config
+    # What cannot be is refused before anything is done.
+    layers = choose_layers(config.layers, device=torch.device(config.device), dtype=DTYPES[config.precision])
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     bench_embed.require_transformers()
@@ -75,13 +80,14 @@ def main(arguments: Sequence[str]) -> None:
             config.data, scratch, num_cells=config.cells, max_length=config.max_length, seed=config.seed, mask=False
         )
         parts = deal_cells(COMPARISON, batch, config.padded_share, scratch)
-        jobs = {system: make_job(config, system, facts, scratch) for system in COMPARISON.systems}
+        jobs = {system: make_job(config, layers, system, facts, scratch) for system in COMPARISON.systems}
         exported = measure(bench_embed.export, jobs["ours_packed"])
         answers = take_turns(bench_embed.answer, jobs, config.repeats)
         vectors = {system: np.load(scratch / f"{system}.npy") for system in COMPARISON.systems}
     results = describe_run(COMPARISON.name, VERSION, arguments) | {
         "settings": config_to_dict(config),
         "cells": facts | {"parameters": exported["parameters"]},
+        "layers": {"layers": layers.layers, "reason": layers.reason},
         "agreement": check_agreement(
             vectors, every={"hf_padded": config.padded_share}, tolerance=TOLERANCES[config.precision]
         ),
@@ -90,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     print(write_results(COMPARISON, results, out, describe_notes(results)))
 
 
-def make_job(config: Config, system: str, facts: Mapping[str, Any], scratch: Path) -> Job:
+def make_job(config: Config, layers: LayerChoice, system: str, facts: Mapping[str, Any], scratch: Path) -> Job:
     """What `bench_embed.py` is asked; the model is that of the shipped config of the shape."""
     run = load_run(
         config.shape,
@@ -104,6 +110,7 @@ def make_job(config: Config, system: str, facts: Mapping[str, Any], scratch: Pat
         "is_packed": system == "ours_packed",
         "config": config_to_dict(run.model),
         "precision": config.precision,
+        "layers": layers.layers,
         "model": str(scratch / "model"),
         "cells": str(scratch / f"{system}.npz"),
         "vectors": str(scratch / f"{system}.npy"),
@@ -122,10 +129,11 @@ def make_job(config: Config, system: str, facts: Mapping[str, Any], scratch: Pat
 
 def describe_notes(results: Mapping[str, Any]) -> list[str]:
     """How it was measured, and how far the vectors agree."""
-    settings, agreement = results["settings"], results["agreement"]
+    settings, agreement, layers = results["settings"], results["agreement"], results["layers"]
     return [
         f"{results['cells']['parameters']:,} parameters; padded to {settings['max_length']:,}, batches of "
         f"{settings['batch_size']} cells, packs of {settings['pack_cells'] * settings['max_length']:,} tokens; "
+        f"celltron's layers: {layers['layers']} ({layers['reason']}); "
         f"torch {results['versions']['torch']}, transformers {results['versions']['transformers']}",
         f"vectors of one cell differ by at most {max(agreement['largest_difference'].values()):.1e} of their length "
         f"between systems (tolerance {agreement['tolerance']:g}), those of different cells by at least "

@@ -13,6 +13,7 @@ Written to the folder `--out`: `saving.json` and `saving.md` (for RESULTS.md).
 import json
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,14 +128,24 @@ def time_run(config: Config, batch: Batch, facts: dict[str, Any], checkpoints: P
             f"loop.save_every={config.save_every if checkpoints else 0}",
         ],
     )
+    waits = [0.0]
+
+    class Timed(Checkpoints):
+        def begin(self, *save: Any) -> Path | None:
+            start = time.perf_counter()
+            path = self.wait()
+            waits.append(time.perf_counter() - start)
+            return super().begin(*save) or path
+
     steps = fit_steps(
         run,
         batch,
         num_tokens=facts["vocabulary"],
         pad_id=facts["pad_id"],
-        checkpoints=Checkpoints(checkpoints, launch=Launch()) if checkpoints else None,
+        checkpoints=Timed(checkpoints, launch=Launch()) if checkpoints else None,
     )
-    return sum(steps.seconds[-config.saves * config.save_every :])
+    # The save at the end is no part of this, but it waits for the one before, where that is still being written.
+    return sum(steps.seconds[-config.saves * config.save_every :]) + waits[-1]
 
 
 def count_bytes(folder: Path) -> int:

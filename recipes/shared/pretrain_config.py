@@ -77,7 +77,7 @@ class Config:
         if not self.out:
             raise ValueError("out is empty; name a folder for the run, such as --out runs/first")
         if not self.data.paths:
-            raise ValueError("data.paths is empty; name a store or .h5ad files, such as --data cells.h5ad")
+            raise ValueError("data.paths is empty; name a store or files of counts, such as --data cells.h5ad")
         longest = -(-self.data.max_length // self.padding_multiple) * self.padding_multiple
         if longest > self.model.max_positions:
             padded = f" (padded to {longest})" if longest > self.data.max_length else ""

@@ -19,7 +19,8 @@ def write_program(path: Path, last_rank_does: str) -> Path:
     path.write_text(
         "import os, signal, sys, torch\n"
         "rank = torch.distributed.get_rank()\n"
-        "print(f'rank {rank} of', torch.distributed.get_world_size(), os.environ['RANK'], *sys.argv[1:], flush=True)\n"
+        "words = f'rank {rank} of', str(torch.distributed.get_world_size()), os.environ['RANK'], *sys.argv[1:]\n"
+        "os.write(1, f'{\" \".join(words)}\\n'.encode())  # at once, or ranks' words mix\n"
         f"if rank == 1:\n    {last_rank_does}\n{BARRIER}\n"
     )
     return path

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from celltron.cells import NO_LABEL
+from celltron.core import InputError
+from celltron.models.geneformer import GeneformerConfig
+from celltron.recipes.benchmarks import train_step
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "recipes" / "benchmarks"
@@ -73,7 +79,7 @@ SMALL_STEP = ["--shape", "tiny", "--cells", "8", "batch_size=2", "padded_share=2
 @pytest.mark.slow
 def test_training_steps_are_compared(tmp_path: Path) -> None:
     once = ["--steps", "1", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
-    ended = run("train_step.py", *SMALL_STEP, *once)
+    ended = run("train_step.py", *SMALL_STEP, "--cells-of-length", "48", *once)
     assert ended.returncode == 0, ended.stderr
     results = json.loads((tmp_path / "train_step.json").read_text())
     systems = ["ours_packed", "ours_padded", "hf_grouped", "hf_padded"]
@@ -81,11 +87,57 @@ def test_training_steps_are_compared(tmp_path: Path) -> None:
         row = results[name]
         assert row["real_tokens_per_second"] > row["cells_per_second"] > 0 and row["seconds"]["steps"] == 1
     assert [results[name]["cells"] for name in systems] == [8, 8, 8, 4]
-    assert results["ours_packed"]["tokens"] == results["hf_grouped"]["tokens"] <= 8 * 64
+    assert results["ours_packed"]["tokens"] == results["hf_grouped"]["tokens"] == 8 * 48
     assert set(results["ratios"]) == {f"{ours} / {theirs}" for ours in systems[:2] for theirs in systems[2:]}
-    assert "ours_packed / hf_padded" in (tmp_path / "train_step.txt").read_text()
-    assert "| ours_packed |" in (tmp_path / "train_step.md").read_text()
+    # The same operations of the same cells: rates are as 1 / seconds, and their share is of one peak.
+    flops = {name: results[name]["flops_per_second"] * results[name]["seconds"]["median"] for name in systems}
+    assert flops["ours_packed"] == pytest.approx(flops["ours_padded"]) == pytest.approx(flops["hf_grouped"])
+    # Two layers 128 wide, 8 cells of 48 tokens; then the head, on fewer than 30 % of the tokens.
+    no_head = 3 * 2 * 384 * (8 * 128 * 128 + 4 * 128 * 256 + 4 * 128 * 48)
+    assert no_head < flops["ours_packed"] < no_head + 3 * 2 * 0.3 * 384 * 128 * (128 + 25_426)
+    for name in systems:
+        row = results[name]
+        assert row["utilisation"] == pytest.approx(row["flops_per_second"] / results["peak_flops"])
+    assert results["layers"]["layers"] == "torch" and results["layers"]["reason"] == "the device is a CPU"
+    text, markdown = (tmp_path / "train_step.txt").read_text(), (tmp_path / "train_step.md").read_text()
+    assert "ours_packed / hf_padded" in text and "each of 48 different genes" in text and "TFLOP/s   of peak" in text
+    assert "torch (the device is a CPU), not compiled" in text
+    assert "| ours_packed |" in markdown and "| TFLOP/s | of peak |" in markdown
     assert (tmp_path / "train_step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_made_up_cells_have_one_length_and_follow_from_the_seed() -> None:
+    batch, facts = train_step.make_cells(16, 512, seed=3)
+    assert batch.lengths.tolist() == [512] * 16 and facts["median_length"] == facts["longest"] == 512
+    is_masked = batch.labels != NO_LABEL
+    genes = np.where(is_masked, batch.labels, batch.tokens).reshape(16, 512)
+    assert all(len(set(row)) == 512 for row in genes.tolist()) and genes.min() >= 2 and genes.max() < 25_426
+    assert is_masked.mean() == pytest.approx(0.15, abs=0.02)  # 4 sigma
+    again, other = (train_step.make_cells(16, 512, seed=seed)[0] for seed in (3, 4))
+    assert np.array_equal(batch.tokens, again.tokens) and np.array_equal(batch.labels, again.labels)
+    assert not np.array_equal(batch.tokens, other.tokens)
+
+
+def test_operations_are_those_of_the_cells_with_their_masks() -> None:
+    batch, facts = train_step.make_cells(2, 64, seed=0)
+    shape = GeneformerConfig(num_layers=1, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
+    num_masked = int((batch.labels != NO_LABEL).sum())
+    layer = 128 * (8 * 8 * 8 + 4 * 8 * 16) + 4 * 8 * 2 * 64 * 64
+    head = 2 * num_masked * 8 * (8 + 25_426)
+    assert train_step.count_flops(shape, facts["vocabulary"], batch) == pytest.approx(3 * (layer + head))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--layers", "te"], "engine.layers is te, but the device is a CPU"),
+        (["--cells-of-length", "4096"], "wanted at most max_length"),
+        (["--cells-of-length", "64", "--data", "cells.h5ad"], "leave one out"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(arguments: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        train_step.main(arguments)
 
 
 def test_cells_that_do_not_fill_batches_are_refused() -> None:

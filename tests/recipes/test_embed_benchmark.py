@@ -26,12 +26,14 @@ def test_embedding_is_compared(warm_python: Any, tmp_path: Path) -> None:
         assert row["real_tokens_per_second"] > row["cells_per_second"] > 0 and row["seconds"]["steps"] == 1
     assert [results[name]["cells"] for name in SYSTEMS] == [8, 8, 8, 4]
     assert results["ours_packed"]["tokens"] == results["hf_grouped"]["tokens"] <= 8 * 48
+    assert results["layers"] == {"layers": "torch", "reason": "the device is a CPU"}
     assert set(results["ratios"]) == {f"{ours} / {theirs}" for ours in SYSTEMS[:2] for theirs in SYSTEMS[2:]}
     agreement = results["agreement"]
     assert set(agreement["largest_difference"]) == set(SYSTEMS[1:])
     # All systems agree far more closely than any two cells do, so that the comparison says something.
     assert max(agreement["largest_difference"].values()) < 1e-5 < 1e-2 < agreement["nearest_cells"]
-    assert "ours_packed / hf_padded" in (tmp_path / "embed.txt").read_text()
+    text = (tmp_path / "embed.txt").read_text()
+    assert "ours_packed / hf_padded" in text and "TFLOP/s" not in text
     assert "| ours_packed |" in (tmp_path / "embed.md").read_text()
     assert (tmp_path / "embed.png").read_bytes().startswith(b"\x89PNG")
 

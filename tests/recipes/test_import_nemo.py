@@ -1,5 +1,6 @@
 """From checkpoints that megatron-core's own `BertModel` wrote in NeMo 2's layout to celltron and transformers."""
 
+import gzip
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from celltron.core import run_command, verify_artefact
+from celltron.core import InputError, run_command, verify_artefact
 from celltron.recipes import geneformer_import_nemo
 from celltron.train.checkpoint import verify_checkpoint
 
@@ -143,6 +144,31 @@ def test_no_run_is_resumed_from_an_import(
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("celltron: error: ")]
     assert "checkpoint holds a model without an optimizer's state" in line and "give a checkpoint of a run" in line
     assert list(tmp_path.iterdir()) == [], "neither cells nor folders"
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
+def test_a_table_must_have_the_special_tokens_of_bionemo(tmp_path: Path, suffix: str) -> None:
+    config = geneformer_import_nemo.Config(folder="a", out="b", vocabulary=str(tmp_path / f"table{suffix}"))
+    write_table(config.vocabulary, ["<cls>", "<mask>", "<pad>", "<sep>", "<unknown>", "ENSG2", "ENSG1"])
+    vocabulary, medians = geneformer_import_nemo.read_vocabulary(config)
+    assert vocabulary.genes == ("ENSG2", "ENSG1") and vocabulary.first_gene_id == 5
+    assert medians is not None and dict(zip(medians.genes, medians.values, strict=True)) == {"ENSG2": 1.5, "ENSG1": 1.5}
+    for specials in (
+        ["<pad>", "<mask>"],
+        ["<pad>", "<mask>", "<cls>", "<sep>", "<unknown>"],
+        ["<cls>", "<mask>", "<pad>", "<sep>", "<unknown>", "<eos>"],
+    ):
+        write_table(config.vocabulary, [*specials, "ENSG2", "ENSG1"])
+        with pytest.raises(InputError, match=r"^[^\n]+$") as error:
+            geneformer_import_nemo.read_vocabulary(config)
+        expected = f"starts with {', '.join(specials)}, wanted <cls>, <mask>, <pad>, <sep>, <unknown>; use a table"
+        assert expected in str(error.value)
+
+
+def write_table(path: str, tokens: list[str]) -> None:
+    rows = [f"{token}\t{place}\t{'' if token[0] == '<' else 1.5}" for place, token in enumerate(tokens)]
+    content = "\n".join(["ensembl_id\ttoken_id\tmedian", *rows, ""]).encode()
+    Path(path).write_bytes(gzip.compress(content) if path.endswith(".gz") else content)
 
 
 def read_index(nemo: Path) -> Metadata:

@@ -62,7 +62,7 @@ class Config(RunConfig):
             raise ValueError(f"rows is {self.rows}, but must not be negative")
         if self.parallel.fsdp:
             raise ValueError(
-                "parallel.fsdp is true, for which plan has no formulas; plan with parallel.fsdp=false: the layouts with a "
+                "parallel.fsdp is true, for which plan has no formulas; plan with parallel.fsdp=false: layouts with a "
                 "distributed optimizer come closest"
             )
 
@@ -212,8 +212,9 @@ _LEGEND = (
     "distributed optimizer.",
     "Micro-batches are in cells of full length. Memory is that of the largest stage; "
     f"{USABLE_SHARE:.0%} of a GPU's may be taken (! is beyond).",
-    "Estimates from formulas and data sheets, of PyTorch's own layers; data loading is not counted. Sources: "
-    "celltron.train.plan.",
+    "Estimates from formulas and data sheets, of PyTorch's own layers; data loading is not counted, nor what "
+    "engine.fp8,",
+    "engine.fp32_residual and engine.compile change. Sources: celltron.train.plan.",
 )
 
 

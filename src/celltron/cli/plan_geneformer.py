@@ -168,7 +168,7 @@ def estimate(task: Task, layout: Layout, micro_batch_size: int) -> Estimate:
     cut = task.cut(layout.data, micro_batch_size, context=layout.parallel.context)
     shares = list(_stages(layout))
     exchanges = [list_exchanges(make_stage(task, layout, cut, share), layout) for share in shares]
-    memory = max((measure_memory(task, layout, cut, share) for share in shares), key=lambda part: part.total)
+    memory = max((estimate_memory(task, layout, cut, share) for share in shares), key=lambda part: part.total)
     seconds = _seconds(task, layout, cut, exchanges)
     step = sum(seconds.values())
     return Estimate(
@@ -247,7 +247,7 @@ def make_stage(task: Task, layout: Layout, cut: Cut, share: Share) -> Stage:
     )
 
 
-def measure_memory(task: Task, layout: Layout, cut: Cut, share: Share) -> Memory:
+def estimate_memory(task: Task, layout: Layout, cut: Cut, share: Share) -> Memory:
     """Of one process; a stage has as many micro-batches under way as stages follow it, itself among them."""
     b, largest = value_bytes(task.precision), cut.largest
     state = state_bytes(

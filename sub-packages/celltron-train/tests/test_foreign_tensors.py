@@ -101,6 +101,10 @@ def entry_of(index: Metadata, name: str) -> TensorStorageMetadata:
     return entry
 
 
+def resize(folder: Path, size: object) -> None:
+    change_index(folder, lambda index: setattr(entry_of(index, "pieces"), "size", size))
+
+
 def point_to(index: Metadata, path: str) -> None:
     for info in index.storage_data.values():
         info.relative_path = path
@@ -138,6 +142,17 @@ SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: change_index(folder, lambda index: setattr(entry_of(index, "pieces").properties, "dtype", 3)),
         "has no dtype",
     ),
+    "dtype of 8 bits": (
+        lambda folder: change_index(
+            folder, lambda index: setattr(entry_of(index, "pieces").properties, "dtype", torch.float8_e4m3fn)
+        ),
+        "pieces is torch.float8_e4m3fn, wanted floating point of 16, 32 or 64 bits",
+    ),
+    "no shape": (lambda folder: resize(folder, None), "a tensor in it has no shape"),
+    "shape of one number": (lambda folder: resize(folder, 24), "a tensor in it has no shape"),
+    "shape with a fraction": (lambda folder: resize(folder, (4, 6.0)), "a tensor in it has no shape"),
+    "shape with a truth": (lambda folder: resize(folder, (True, 6)), "a tensor in it has no shape"),
+    "shape below zero": (lambda folder: resize(folder, (-4, -6)), "a tensor in it has no shape"),
     "piece left out": (
         lambda folder: change_index(folder, lambda index: entry_of(index, "pieces").chunks.pop() and None),
         "pieces has missing parts",
@@ -149,9 +164,7 @@ SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "holds damaged shards",
     ),
     "enormous": (
-        lambda folder: change_index(
-            folder, lambda index: setattr(entry_of(index, "pieces"), "size", torch.Size([10**12, 6]))
-        ),
+        lambda folder: resize(folder, torch.Size([10**12, 6])),
         "pieces should have 24,000,000,000,000 bytes, more than all files hold",
     ),
     "no shard": (lambda folder: [path.unlink() for path in folder.glob("*.distcp")], "no file of its folder"),

@@ -28,7 +28,7 @@ from celltron.train.spike import SpikeState
 from celltron.train.step_timer import PARTS
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
-# DESIGN.md names these; new keys may be added, none renamed.
+# Of every line of metrics.jsonl, which others read by these names: new keys may be added, none renamed.
 KEYS = {
     "step",
     "loss",

@@ -65,6 +65,8 @@ def test_descriptions() -> None:
         "1.2% waiting  3 min 20 s left"
     )
     assert describe({"step": 7, "validation_loss": 3.25}) == "step       7  validation loss 3.2500"
+    no_number = {"step": 7, "validation_loss": None, "unigram_loss": 4.0}
+    assert describe(no_number) == "step       7  validation loss no number"
     assert describe({"step": 7, "validation_loss": 3.25, "unigram_loss": 4.0}).endswith(
         "(unigram 4.0000: +0.7500 nats better)"
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import optimizer as megatron_optimizer
 
 from celltron.train.optimizer import OptimizerConfig, set_learning_rate, wrap_model
 
@@ -99,6 +100,18 @@ def test_shorter_gradients_are_left_alone(make_model: Callable[..., Any]) -> Non
     run_reference(reference)
     assert max(norms) < 10.0
     assert difference(ours, reference) < 1e-13
+
+
+def test_it_is_pytorchs_adamw_whatever_else_is_installed(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's and Apex's keep the count of steps elsewhere than checkpoints have it."""
+    monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    config = OptimizerConfig()
+    _, optimizer = wrap_model(make_model(), config, dtype=torch.float64, distributed_optimizer=False)
+    (part,) = optimizer.chained_optimizers
+    assert type(part.optimizer) is torch.optim.AdamW
+    assert not megatron_optimizer.USING_PYTORCH_OPTIMIZER
 
 
 def test_the_learning_rate_reaches_every_group(make_model: Callable[..., Any]) -> None:

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from celltron.models.geneformer import make_transformer_config
-from celltron.models.layers.attention import SdpaCoreAttention, attend_packed
+from celltron.models.layers import attention as attention_layer
+from celltron.models.layers.attention import SdpaCoreAttention, attend_and_drop, attend_packed, draw_places
 from celltron.models.layers.packing import PackedCells
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -116,6 +117,44 @@ def test_queries_of_a_part_of_padded_rows_attend_to_the_whole_rows(core, attenti
     for part in (slice(0, 3), slice(3, 7)):
         found = apply(core, [q[:, :, part], k, v], is_hidden_BS[:, None, None, :])
         torch.testing.assert_close(found, expected[:, part], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("probability", [0.02, 0.5])
+def test_dropped_places_are_independent_trials(probability: float) -> None:
+    num_places = 1_000_000
+    torch.manual_seed(0)
+    places = draw_places(num_places, probability)
+    assert places.dtype == torch.int64 and places[0] >= 0 and places[-1] < num_places
+    gaps = places.diff()
+    assert gaps.min() == 1
+    deviation = (probability * (1 - probability) / num_places) ** 0.5
+    assert abs(len(places) / num_places - probability) < 4 * deviation
+    # After a place that is drawn the next one is as often as any other.
+    assert abs((gaps == 1).double().mean() - probability) < 4 * deviation / probability**0.5
+    torch.manual_seed(0)
+    assert torch.equal(draw_places(num_places, probability), places)
+
+
+def test_few_places_may_have_none_drawn() -> None:
+    torch.manual_seed(1)
+    counts = [len(draw_places(3, 0.1)) for _ in range(4000)]
+    assert max(counts) <= 3 and abs(sum(counts) / 12000 - 0.1) < 0.011
+    assert len(draw_places(5, 1e-300)) == 0
+
+
+def test_dropped_weights_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (part[0].requires_grad_() for part in draw())
+    dropped = torch.tensor([0, 5, 48, 49, 97])
+    monkeypatch.setattr(attention_layer, "draw_places", lambda num, probability: dropped)
+    found = attend_and_drop(q, k, v, 0.25)
+    weights = (q @ k.transpose(1, 2) / 5**0.5).softmax(-1)
+    keep = torch.ones(98, dtype=torch.float64)
+    keep[dropped] = 0.0
+    expected = (weights * keep.view(2, 7, 7)) @ v / 0.75
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert attend_and_drop(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.25).dtype is torch.bfloat16
 
 
 def test_no_dropout_in_evaluation(core) -> None:

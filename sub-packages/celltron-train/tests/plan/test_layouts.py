@@ -3,6 +3,7 @@
 import pytest
 
 from celltron.train.parallel import ParallelConfig
+from celltron.train.plan.gpus import GPUS_PER_NODE
 from celltron.train.plan.layouts import Group, Layout, list_layouts
 
 
@@ -43,6 +44,12 @@ def test_one_gpu_has_one_layout() -> None:
         (Layout(parallel=ParallelConfig(context=16), data=1), {"context": 8, "data": 8}),
         (Layout(parallel=ParallelConfig(pipeline=4), data=2), {"data": 2, "pipeline": 4, "embedding": 2}),
         (Layout(parallel=ParallelConfig(pipeline=8), data=2), {"data": 2, "pipeline": 4, "embedding": 1}),
+        # Ranks 6 and 7 are on the first machine, 8 of their group on the second.
+        (Layout(parallel=ParallelConfig(context=3), data=8), {"context": 1, "data": 8}),
+        (Layout(parallel=ParallelConfig(pipeline=4), data=3), {"data": 1, "pipeline": 1, "embedding": 1}),
+        # Only four of twelve are on the second machine.
+        (Layout(parallel=ParallelConfig(), data=12), {"data": 4}),
+        (Layout(parallel=ParallelConfig(context=3), data=2), {"context": 3, "data": 6}),
     ],
 )
 def test_groups_lie_on_machines_as_megatron_counts_ranks(layout: Layout, members: dict[Group, int]) -> None:
@@ -55,3 +62,17 @@ def test_groups_lie_on_machines_as_megatron_counts_ranks(layout: Layout, members
     for group, number in members.items():
         assert layout.members_per_node(group) == number, group
         assert layout.spans_nodes(group) == (number < degrees.get(group, 2)), group
+
+
+@pytest.mark.parametrize("num_gpus", [2, 8, 12, 16, 24, 64])
+@pytest.mark.parametrize("context", [1, 2, 3])
+def test_a_group_lies_within_machines_where_its_ranks_divide_them(num_gpus: int, context: int) -> None:
+    groups: tuple[Group, ...] = ("tensor", "context", "pipeline", "data", "embedding")
+    for layout in list_layouts(num_gpus, context=context):
+        for group in groups:
+            size, stride = layout.group_size(group), layout.group_stride(group)
+            is_within = size == 1 or layout.num_gpus <= GPUS_PER_NODE or GPUS_PER_NODE % (size * stride) == 0
+            assert layout.spans_nodes(group) != is_within, (layout, group)
+            if num_gpus in (16, 64) and context < 3:  # machines that powers of two fill
+                expected = max(1, min(size, GPUS_PER_NODE // stride))
+                assert layout.members_per_node(group) == expected, (layout, group)

@@ -52,7 +52,7 @@ class DataConfig:
     storage: tuple[str, ...] = ()
     """Options of fsspec's file system, where a path is an address, such as `anon=true`."""
     convert: ConvertOptions = field(default_factory=ConvertOptions)
-    """How .h5ad files are read."""
+    """How files of counts are read."""
     vocabulary: str = "store"
     """Genes and medians: `store` takes the store's own genes and their medians over the training cells; `gc30M` and
     `gc95M` are Geneformer's published ones; else the path of a table with ensembl_id, token_id and median."""

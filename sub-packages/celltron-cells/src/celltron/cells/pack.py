@@ -26,7 +26,10 @@ class PackedBatch:
 
 
 def cut_into_packs(batch: Batch, budget: int, *, pad_id: int, multiple_of: int = 1) -> list[PackedBatch]:
-    """A batch as one or more packs of at most ``budget`` tokens; see `plan_packs` and `pack_batch`."""
+    """A batch as one or more packs of at most ``budget`` tokens; see `plan_packs` and `pack_batch`.
+
+    Each data-parallel rank packs its own cells: which those are does not depend on packs, nor does any cell's loss.
+    """
     packs = plan_packs(batch.lengths, budget) or [np.zeros(0, dtype=np.int64)]
     return [pack_batch(batch.take(cells), pad_id=pad_id, multiple_of=multiple_of) for cells in packs]
 

@@ -28,6 +28,7 @@ _ALSO_ALLOWED = {
     ("pathlib", "PosixPath"),
     ("pathlib", "PurePosixPath"),
 }
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class _CheckedReader(FileSystemReader):
@@ -93,8 +94,10 @@ class ForeignTensors:
         if not isinstance(entry, TensorStorageMetadata):
             raise InputError(f"{self.folder} lacks the tensor {name}; use an undamaged checkpoint")
         dtype = entry.properties.dtype
-        if not dtype.is_floating_point:
-            raise InputError(f"{self.folder}: {name} is {dtype}, wanted floating point; use another checkpoint")
+        if dtype not in _DTYPES:
+            raise InputError(
+                f"{self.folder}: {name} is {dtype}, wanted floating point of 16, 32 or 64 bits; use another checkpoint"
+            )
         num_bytes = math.prod(entry.size) * dtype.itemsize
         if num_bytes > sum(path.stat().st_size for path in self.folder.iterdir()):
             raise InputError(
@@ -113,6 +116,8 @@ def _read_index(folder: Path) -> Metadata:
         for entry in tensors:
             if not isinstance(entry.properties.dtype, torch.dtype):
                 raise TypeError("a tensor in it has no dtype")
+            if not _is_shape(entry.size):
+                raise TypeError("a tensor in it has no shape")
     except Exception as error:  # what was unpickled may lack any attribute
         raise InputError(f"{path} is no index of tensors ({error}); do not use this checkpoint") from None
     if is_packed:
@@ -120,6 +125,10 @@ def _read_index(folder: Path) -> Metadata:
     # What else another program notes of its folder, such as where that lay, is not taken over.
     index.storage_meta = StorageMeta()
     return index
+
+
+def _is_shape(size: object) -> bool:
+    return isinstance(size, tuple | list) and all(type(length) is int and length >= 0 for length in size)
 
 
 def _check_format(folder: Path) -> None:

@@ -39,7 +39,6 @@ from torch.distributed.tensor import DTensor
 
 from celltron.train.parameter_shards import shard_parameters
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 # As Megatron's optimizer for bfloat16 parameters names its float32 copies.
 _COPIES = "fp32_from_fp16_params"
 _COPY_PREFIX = "optimizer.state.fp32_param."
@@ -50,7 +49,8 @@ class FullyShardedModel(TorchFullyShardedDataParallel):
 
     Each transformer layer is gathered by itself; embedding and head, which share a weight, with all else at once.
 
-    Its `parameters` are this process's parts, plain tensors, as the optimizer takes them; `module` has the cut ones.
+    Its `parameters` are this process's parts but empty ones, plain tensors, as the optimizer takes them; `module` has
+    the cut ones.
 
     Args:
         model: This process's part of the model under the other parallelisms, with its initial weights.
@@ -79,8 +79,8 @@ class FullyShardedModel(TorchFullyShardedDataParallel):
         self._parts = {name: _make_part(parameter) for name, parameter in model.named_parameters()}
 
     def named_parameters(self, *unused: Any, **unused_too: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This process's part of every parameter."""
-        yield from self._parts.items()
+        """This process's part of every parameter that it has one of; fused kernels stumble over empty tensors."""
+        yield from ((name, part) for name, part in self._parts.items() if part.numel())
 
     def zero_grad_buffer(self) -> None:
         """Forget the gradients."""
@@ -177,11 +177,7 @@ def put_training(model: FullyShardedModel, optimizer: MegatronOptimizer, loaded:
     if model.has_copies:
         state, tensors = state["optimizer"], state[_COPIES]
     for name, part in model.named_parameters():
-        if part.numel():
-            part.copy_(tensors[name])
-    for place, part in enumerate(optimizer.get_parameters()):
-        # Of an empty part there is nothing in the checkpoint.
-        state["state"].setdefault(place, {kind: torch.zeros_like(part) for kind in _MOMENTS})
+        part.copy_(tensors[name])
     optimizer.load_state_dict(state)
 
 

@@ -236,7 +236,8 @@ def _why_skipped(loss: float, grad_norm: float) -> str:
 
 def _note_skipped(config: LoopConfig, job: Job, step: int, reason: str, skipped_in_a_row: int) -> None:
     cells = [int(cell) for cell in job.train.cells()]
-    job.metrics.write({"step": step, "note": f"skipped, since {reason}", "cells": cells})
+    note = {"step": step, "note": f"skipped, since {reason}", "skipped_in_a_row": skipped_in_a_row, "cells": cells}
+    job.metrics.write(note)
     if skipped_in_a_row > config.max_skipped_steps:
         job.checkpoints.wait()  # one that was begun before is still of use
         shown = ", ".join(map(str, cells[:8])) + (", ..." if len(cells) > 8 else "")
@@ -310,7 +311,7 @@ def _validate(job: Job, step: int) -> float:
         batch_loss, batch_count = _run_micro_batches(job, batch, forward_only=True)
         loss, count = loss + batch_loss, count + batch_count
     totals = _sum_over_run(loss, count, empty, is_interrupted=False)
-    job.metrics.write({"step": step, "validation_loss": totals.loss, **job.validation_facts})
+    job.metrics.write({"step": step, "validation_loss": _finite(totals.loss), **job.validation_facts})
     return totals.loss
 
 

@@ -109,14 +109,15 @@ def describe(record: Mapping[str, Any]) -> str:
     if "note" in record:
         return f"step {record['step']:>7,}  note: {record['note']}{_describe_details(record)}"
     if "validation_loss" in record:
-        text = f"step {record['step']:>7,}  validation loss {record['validation_loss']:.4f}"
-        if "unigram_loss" in record:
+        loss = _format_loss(record["validation_loss"])
+        text = f"step {record['step']:>7,}  validation loss {loss}"
+        if "unigram_loss" in record and record["validation_loss"] is not None:
             text += (
                 f"  (unigram {record['unigram_loss']:.4f}: "
                 f"{record['unigram_loss'] - record['validation_loss']:+.4f} nats better)"
             )
         return text
-    loss = "no number" if record["loss"] is None else f"{record['loss']:.4f}"
+    loss = _format_loss(record["loss"])
     grad_norm = "no number" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
     text = (
         f"step {record['step']:>7,}  loss {loss}  lr {record['learning_rate']:.2e}  "
@@ -128,6 +129,10 @@ def describe(record: Mapping[str, Any]) -> str:
         text += f"  {record['model_flops_utilization']:.1%} of peak"
     left = record.get("seconds_left")
     return text if left is None else f"{text}  {describe_seconds(left)} left"
+
+
+def _format_loss(loss: float | None) -> str:
+    return "no number" if loss is None else f"{loss:.4f}"
 
 
 def _describe_details(record: Mapping[str, Any]) -> str:

@@ -1,9 +1,12 @@
 """AdamW through Megatron's data-parallel wrapper and optimizers."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -88,9 +91,9 @@ def wrap_model(
         use_distributed_optimizer=distributed_optimizer,
         overlap_param_gather=overlap and distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(
-        optimizer_config, [wrapped], config_overrides=get_standard_config_overrides(optimizer_config)
-    )
+    overrides = get_standard_config_overrides(optimizer_config)
+    with _adam_of_pytorch():
+        optimizer = get_megatron_optimizer(optimizer_config, [wrapped], config_overrides=overrides)
     if fsdp:
         # Each process has its own part of every gradient, so their squares are summed over all.
         for part in optimizer.chained_optimizers:
@@ -99,6 +102,20 @@ def wrap_model(
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.no_sync_func = wrapped.no_sync
     return wrapped, optimizer
+
+
+@contextlib.contextmanager
+def _adam_of_pytorch() -> Iterator[None]:
+    """Have Megatron take PyTorch's AdamW also where Transformer Engine or Apex is installed.
+
+    Their Adams keep the count of steps elsewhere, so that a checkpoint would not go on everywhere.
+    """
+    chosen = megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    try:
+        yield
+    finally:
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = chosen
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ class ParallelConfig:
     """Whether tensor-parallel processes also split the activations between the matrices along the sequence."""
     fsdp: bool = False
     """Whether data-parallel processes split parameters, gradients and the optimizer's state between them (FSDP2), for
-    models that one GPU does not hold; each layer's parameters are gathered where it computes."""
+    models whose training one GPU does not hold; each layer's parameters are gathered where it computes. At the start
+    every process has all parameters once."""
     distributed_optimizer: bool = False
     """Whether data-parallel processes split the optimizer's state between them. It is then saved in float32, so a run
     in fp64 resumes exactly only without it."""

@@ -96,11 +96,11 @@ def attend_packed(
 
     Keys and values are those of the cells that have queries here, whole: of a part of a row at its `packed.keys`. On
     CUDA in half precision all cells are one call of flash attention for variable lengths (Dao 2023), which has no
-    dropout; elsewhere each cell is a call.
+    dropout, and wants heads of a multiple of 8 values, of at most 256; elsewhere each cell is a call.
     """
     num_keys = packed.keys.stop - packed.keys.start
     assert len(k_TNH) == num_keys, f"{len(k_TNH)} keys, wanted those of {num_keys} places"
-    if q_TNH.is_cuda and dropout == 0.0 and q_TNH.dtype in (torch.bfloat16, torch.float16):
+    if dropout == 0.0 and _has_flash_attention(q_TNH):
         from torch.nn.attention.varlen import varlen_attn
 
         ends = (packed.cu_seqlens_q, packed.cu_seqlens_kv)
@@ -111,7 +111,48 @@ def attend_packed(
     lengths, key_lengths = list(packed.lengths), list(packed.key_lengths)
     parts = zip((q_TNH, k_TNH, v_TNH), (lengths, key_lengths, key_lengths), strict=True)
     for cell in zip(*(torch.split(tensor, of_tensor) for tensor, of_tensor in parts), strict=True):
-        q_1NSH, k_1NSH, v_1NSH = (tensor.transpose(0, 1)[None] for tensor in cell)
-        out_1NSH = scaled_dot_product_attention(q_1NSH, k_1NSH, v_1NSH, dropout_p=dropout)
-        out.append(out_1NSH[0].transpose(0, 1).flatten(1))
+        q_NSH, k_NSH, v_NSH = (tensor.transpose(0, 1) for tensor in cell)
+        if dropout and not q_NSH.is_cuda:
+            out_NSH = attend_and_drop(q_NSH, k_NSH, v_NSH, dropout)
+        else:
+            out_NSH = scaled_dot_product_attention(q_NSH[None], k_NSH[None], v_NSH[None], dropout_p=dropout)[0]
+        out.append(out_NSH.transpose(0, 1).flatten(1))
     return torch.cat(out)
+
+
+def attend_and_drop(
+    q_NSH: torch.Tensor, k_NUH: torch.Tensor, v_NUH: torch.Tensor, probability: float
+) -> torch.Tensor:
+    """Attention with dropout of its weights, [N, S, H], for a CPU, where PyTorch's draws a number for every weight."""
+    q_NSH_wide, k_NUH_wide, v_NUH_wide = (_at_least_float32(tensor) for tensor in (q_NSH, k_NUH, v_NUH))
+    scores_NSU = torch.bmm(q_NSH_wide * q_NSH.shape[-1] ** -0.5, k_NUH_wide.transpose(1, 2))
+    weights = scores_NSU.softmax(dim=-1).flatten()
+    kept_NSU = weights.index_fill(0, draw_places(len(weights), probability), 0.0).view_as(scores_NSU)
+    return (torch.bmm(kept_NSU, v_NUH_wide) / (1.0 - probability)).to(q_NSH.dtype)
+
+
+def draw_places(num_places: int, probability: float) -> torch.Tensor:
+    """Places below `num_places`, int64, rising; each is among them with this probability, whichever others are.
+
+    From one to the next it is as far as from a trial that succeeds to the next: a geometric number.
+    """
+    drawn, last = [], -1.0
+    while last < num_places:
+        size = 32 + int(1.05 * probability * (num_places - last))
+        gaps = torch.empty(size, dtype=torch.float64, device="cpu").geometric_(probability)
+        drawn.append(gaps.clamp_(max=num_places + 1.0).cumsum(0) + last)
+        last = float(drawn[-1][-1])
+    places = torch.cat(drawn)
+    return places[: int(torch.searchsorted(places, float(num_places)))].long()
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _has_flash_attention(q_TNH: torch.Tensor) -> bool:
+    """Whether PyTorch's flash attention takes such queries: from Ampere GPUs on."""
+    if not q_TNH.is_cuda or q_TNH.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    head_size = q_TNH.shape[-1]
+    return head_size % 8 == 0 and head_size <= 256 and torch.cuda.get_device_capability(q_TNH.device) >= (8, 0)

@@ -1,7 +1,9 @@
 """The layouts that a number of GPUs allows."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from celltron.train.parallel import ParallelConfig
@@ -52,18 +54,18 @@ class Layout:
         }[group]
 
     def members_per_node(self, group: Group) -> int:
-        """Processes of a group on one machine; all of them where it lies within one.
+        """Processes of a group on one machine, the fewest on any; all where every such group lies within a machine.
+
+        That is so on a single machine, and on more where size x stride of the group divides a machine's GPUs.
 
         >>> layout = Layout(parallel=ParallelConfig(tensor=2), data=16)
         >>> [layout.members_per_node(group) for group in ("tensor", "data")]
         [2, 4]
         """
-        if self.num_gpus <= GPUS_PER_NODE:
-            return self.group_size(group)
-        return max(1, min(self.group_size(group), GPUS_PER_NODE // self.group_stride(group)))
+        return _fewest_together(self.group_size(group), self.group_stride(group), self.num_gpus)
 
     def spans_nodes(self, group: Group) -> bool:
-        """Whether a group is on more than one machine."""
+        """Whether any such group is on more than one machine."""
         return self.members_per_node(group) < self.group_size(group)
 
 
@@ -88,6 +90,18 @@ def list_layouts(num_gpus: int, *, context: int = 1) -> Iterator[Layout]:
                         distributed_optimizer=distributed_optimizer,
                     )
                     yield Layout(parallel=parallel, data=data)
+
+
+@cache
+def _fewest_together(size: int, stride: int, num_gpus: int) -> int:
+    """The fewest members that a group has on a machine which it is on, of all groups of a size and a stride.
+
+    >>> _fewest_together(3, 1, 12)  # ranks 6 and 7 are on the first machine, 8 is on the second
+    1
+    """
+    firsts = [rank for rank in range(num_gpus - stride * (size - 1)) if rank // stride % size == 0]
+    groups = [range(first, first + stride * size, stride) for first in firsts]
+    return min(min(Counter(rank // GPUS_PER_NODE for rank in group).values()) for group in groups)
 
 
 def _divisors(number: int) -> list[int]:
