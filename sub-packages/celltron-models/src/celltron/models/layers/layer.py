@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -28,16 +27,8 @@ class LayerSubmodules(TransformerLayerSubmodules):
 class Layer(TransformerLayer):
     """x += dropout(attention(norm(x))), then x += dropout(mlp(norm(x))); hidden states are [S, B, D]."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: LayerSubmodules,
-        layer_number: int = 1,
-        hidden_dropout: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        vp_stage: int | None = None,
-    ) -> None:
-        super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage)
+    def __init__(self, config: TransformerConfig, submodules: LayerSubmodules, **place: Any) -> None:
+        super().__init__(config, submodules, **place)
         self.mlp = build_module(submodules.feed_forward, config=config, tp_group=self.pg_collection.tp)
         # Megatron would turn gradients on here, also where nothing is trained.
         self.bias_dropout_add_exec_handler = nullcontext

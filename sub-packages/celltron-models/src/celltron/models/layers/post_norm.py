@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,16 +27,8 @@ class PostNormLayer(Layer):
     With a residual in float32 the sums, the norms and x are float32, and x is rounded where it enters a branch.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: PostNormSubmodules,
-        layer_number: int = 1,
-        hidden_dropout: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        vp_stage: int | None = None,
-    ) -> None:
-        super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage)
+    def __init__(self, config: TransformerConfig, submodules: PostNormSubmodules, **place: Any) -> None:
+        super().__init__(config, submodules, **place)
         norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.attention_norm = build_module(submodules.attention_norm, **norm)
         self.mlp_norm = build_module(submodules.mlp_norm, **norm)
