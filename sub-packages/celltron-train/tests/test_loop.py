@@ -452,7 +452,8 @@ def test_a_step_that_is_no_number_is_skipped(
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert [record["grad_norm"] is None for record in records] == [False, False, True, False]
     assert (records[2]["loss"] is None) == (what == "loss")
-    assert re.search(r"step       3  note: skipped, since the .*; skipped in a row 1, cells 30, 31, 32, 33\n", capsys.readouterr().err)
+    printed = capsys.readouterr().err
+    assert re.search(r"step       3  note: skipped, since the .*; skipped in a row 1, cells 30, 31, 32, 33\n", printed)
     # Neither parameters nor moments know of it: as if the step had not been.
     without = make_job()
     fit(replace(CONFIG, max_steps=2), without)
