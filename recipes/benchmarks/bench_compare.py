@@ -33,6 +33,14 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Job = dict[str, Any]
 
 
+def check_numbers(settings: object, least: Mapping[str, int]) -> None:
+    """Refuse numbers among the fields of ``settings`` that are lower than the lowest allowed, field name -> number."""
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value < lowest:
+            raise InputError(f"{name} is {value}: wanted {lowest} or more")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonConfig:
     """What is measured of models of one shape in celltron and in transformers, and for how long."""
@@ -67,11 +75,8 @@ class ComparisonConfig:
     """Of cells and of all else that is drawn."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            is_number = isinstance(value, int) and not isinstance(value, bool)
-            if is_number and field.name != "seed" and value < 1:
-                raise InputError(f"{field.name} is {value}: wanted 1 or more")
+        whole = {field.name for field in fields(self) if type(getattr(self, field.name)) is int}
+        check_numbers(self, dict.fromkeys(sorted(whole - {"seed"}), 1))
         if self.cells % (self.padded_share * self.batch_size):
             raise InputError(
                 f"cells is {self.cells}: wanted a multiple of padded_share x batch_size "

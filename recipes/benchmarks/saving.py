@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from celltron.cells import Batch
-from celltron.core import InputError, config_to_dict, parse_arguments, run_command, write_atomically
-from celltron.recipes.benchmarks.bench_compare import CELLS, describe_run, draw_cells, load_run
+from celltron.core import config_to_dict, parse_arguments, run_command, write_atomically
+from celltron.recipes.benchmarks.bench_compare import CELLS, check_numbers, describe_run, draw_cells, load_run
 
 VERSION = 1
 NAMES = ("data", "shape", "precision", "device", "out", "cells", "save-every", "saves", "repeats", "threads")
@@ -59,9 +59,7 @@ class Config:
     """Of cells, masks and weights."""
 
     def __post_init__(self) -> None:
-        for name, least in (("cells", 1), ("max_length", 1), ("save_every", 2), ("saves", 1), ("repeats", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}: wanted {least} or more")
+        check_numbers(self, {"cells": 1, "max_length": 1, "save_every": 2, "saves": 1, "repeats": 1, "threads": 0})
 
 
 def main(arguments: Sequence[str]) -> None:

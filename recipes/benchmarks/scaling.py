@@ -26,7 +26,15 @@ from typing import Any, Literal
 
 from celltron.cells import Batch
 from celltron.core import InputError, config_to_dict, parse_arguments, run_command, write_atomically
-from celltron.recipes.benchmarks.bench_compare import CELLS, Job, describe_run, draw_cells, headline, load_run
+from celltron.recipes.benchmarks.bench_compare import (
+    CELLS,
+    Job,
+    check_numbers,
+    describe_run,
+    draw_cells,
+    headline,
+    load_run,
+)
 from celltron.recipes.benchmarks.bench_compare import write_cells as write_batch
 from celltron.recipes.benchmarks.bench_scaling_report import compare_rates, draw, format_markdown, format_text
 from celltron.recipes.shared.pretrain_config import Config as RunConfig
@@ -81,11 +89,7 @@ class Config:
     """Of cells, masks and weights."""
 
     def __post_init__(self) -> None:
-        for name in ("cells", "max_length", "pack_cells", "steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: wanted 1 or more")
-        if self.threads < 0:
-            raise InputError(f"threads is {self.threads}: wanted 0 or more")
+        check_numbers(self, {"cells": 1, "max_length": 1, "pack_cells": 1, "steps": 1, "threads": 0})
         for field, chosen, known in (
             ("layouts", self.chosen_layouts, LAYOUTS),
             ("modes", self.chosen_modes, MODES),

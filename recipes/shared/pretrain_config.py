@@ -78,13 +78,7 @@ class Config:
             raise ValueError("out is empty; name a folder for the run, such as --out runs/first")
         if not self.data.paths:
             raise ValueError("data.paths is empty; name a store or files of counts, such as --data cells.h5ad")
-        longest = -(-self.data.max_length // self.padding_multiple) * self.padding_multiple
-        if longest > self.model.max_positions:
-            padded = f" (padded to {longest})" if longest > self.data.max_length else ""
-            raise ValueError(
-                f"data.max_length is {self.data.max_length}{padded}, longer than model.max_positions "
-                f"({self.model.max_positions}); lower the one or raise the other"
-            )
+        self._check_lengths()
         self.schedule.check_length(self.loop.max_steps)
         self.model.check_layout(tensor_parallel=self.parallel.tensor, pipeline_parallel=self.parallel.pipeline)
         self.engine.check_precision(self.precision)
@@ -93,6 +87,19 @@ class Config:
             raise ValueError(
                 f"engine.fp8 is {self.engine.fp8} with parallel.fsdp, but 8-bit copies of weights are not split; set "
                 "engine.fp8=none, or parallel.fsdp=false"
+            )
+
+    def _check_lengths(self) -> None:
+        multiple = self.padding_multiple
+        if self.loop.packing:  # padding is a cell of its own
+            longest = max(self.data.max_length, multiple - 1)
+        else:
+            longest = -(-self.data.max_length // multiple) * multiple
+        if longest > self.model.max_positions:
+            padded = f" (padded to {longest})" if longest > self.data.max_length else ""
+            raise ValueError(
+                f"data.max_length is {self.data.max_length}{padded}, longer than model.max_positions "
+                f"({self.model.max_positions}); lower the one or raise the other"
             )
 
     def _check_widths(self) -> None:

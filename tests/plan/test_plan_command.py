@@ -182,7 +182,7 @@ def test_short_cells_are_faster_and_packs_are_fewer(run_plan: Plan, tiny_store: 
         (["--gpus", "many"], "gpus"),
         (["--gpus", "6", "--tensor-parallel", "3"], "num_attention_heads is 4, which parallel.tensor (3) does not"),
         (["--gpus", "8", "--pipeline-parallel", "4"], "num_layers is 6, which parallel.pipeline (4) does not divide"),
-        (["--gpus", "7", "--tensor-parallel", "2"], "does not divide the 7 processes"),
+        (["--gpus", "7", "--tensor-parallel", "2"], "does not divide the number of processes, 7"),
         (["--gpus", "8", "--fsdp"], "parallel.fsdp is true, for which plan has no formulas"),
         (["--gpus", "4096"], "global_batch_size 2048 is less than the 4096"),
         (["--gpus", "8", "--precision", "fp64"], "precision is fp64"),

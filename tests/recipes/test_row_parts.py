@@ -93,9 +93,9 @@ def test_a_replica_counts_its_cells_once() -> None:
 
 
 def test_rows_that_parts_pad_beyond_the_position_table_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.max_length is 2047 \(padded to 2049\), longer than model.max_position"):
-        Config(
-            out="unused",
-            data=DataConfig(paths="unused", max_length=2047),
-            parallel=ParallelConfig(context=3),
-        )
+    thirds: Any = {"out": "unused", "data": DataConfig(paths="unused"), "parallel": ParallelConfig(context=3)}
+    with pytest.raises(ValueError, match=r"data.max_length is 2048 \(padded to 2049\), longer than model.max_position"):
+        Config(**thirds, loop=LoopConfig(packing=False))
+    assert Config(**thirds, loop=LoopConfig(packing=True)).data.max_length == 2048  # packs are padded by a cell
+    with pytest.raises(ValueError, match=r"data.max_length is 2048 \(padded to 2999\), longer than model.max_position"):
+        Config(**thirds | {"parallel": ParallelConfig(context=3000)})

@@ -58,7 +58,7 @@ class ParallelConfig:
         if world_size % replica:
             raise InputError(
                 f"parallel.tensor {self.tensor} x parallel.pipeline {self.pipeline} x parallel.context {self.context} "
-                f"= {replica} does not divide the {world_size} processes of this run; tensor x pipeline x context x "
+                f"= {replica} does not divide the number of processes, {world_size}; tensor x pipeline x context x "
                 "data must equal the number of processes, so start another number of them (torchrun --nproc-per-node) "
                 "or change the degrees"
             )
