@@ -168,6 +168,9 @@ def measure(function: Callable[[Job], Job], job: Job) -> Job:
 
     For a CPU it is forked, so that imports are paid once; CUDA does not survive that. Nothing of PyTorch has run before
     in this process.
+
+    Raises:
+        InputError: `function` raised it, or the process ended without an answer.
     """
     context: Any = multiprocessing.get_context("fork" if job["device"] == "cpu" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -175,17 +178,23 @@ def measure(function: Callable[[Job], Job], job: Job) -> Job:
     process.start()
     sender.close()
     try:
-        answer: Job = json.loads(receiver.recv_bytes())
+        sent: Job = json.loads(receiver.recv_bytes())
     except EOFError:
-        answer = {}
+        sent = {}
     process.join()
+    if "refused" in sent:
+        raise InputError(sent["refused"])
     if process.exitcode:
         raise InputError(f"{job['system']} ended with code {process.exitcode}: its message is above")
-    return answer
+    return dict(sent["answer"])
 
 
 def _answer(sender: Connection, function: Callable[[Job], Job], job: Job) -> None:
-    sender.send_bytes(json.dumps(function(job)).encode())
+    try:
+        sent: Job = {"answer": function(job)}
+    except InputError as error:
+        sent = {"refused": str(error)}
+    sender.send_bytes(json.dumps(sent).encode())
 
 
 def take_turns(function: Callable[[Job], Job], jobs: Mapping[str, Job], repeats: int) -> dict[str, list[Job]]:
@@ -332,7 +341,7 @@ def _arithmetic(row: Mapping[str, Any]) -> dict[str, str]:
     """Columns of a system's floating-point operations; none where they were not counted."""
     if "flops_per_second" not in row:
         return {}
-    return {"TFLOP/s": f"{row['flops_per_second'] / 1e12:,.4g}", "of peak": f"{row['utilisation']:.1%}"}
+    return {"TFLOP/s": f"{row['flops_per_second'] / 1e12:,.4g}", "of peak": f"{row['model_flops_utilization']:.1%}"}
 
 
 def _format_text(comparison: Comparison, results: Mapping[str, Any], notes: Sequence[str]) -> str:

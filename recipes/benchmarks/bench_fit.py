@@ -14,7 +14,8 @@ import torch
 
 from celltron.cells import Batch
 from celltron.cells.sampler import rank_part
-from celltron.recipes.geneformer_pretrain import Config, forward_step, make_model, make_step_batch
+from celltron.recipes.geneformer_pretrain import Config, forward_step, make_model
+from celltron.recipes.shared.pretrain_batches import MadeAhead, prepare_step_batch, put_step_batch
 from celltron.train.count_bytes import CountBytes
 from celltron.train.loop import Job, StepBatch, fit
 from celltron.train.metrics import MetricsWriter
@@ -41,7 +42,7 @@ class Steps:
 
 
 class _Repeated:
-    """The same cells at every step, made to micro-batches anew; notes when it is asked, and counts the last step."""
+    """The same cells at every step, as micro-batches made anew; notes when it is asked, and counts the last step."""
 
     def __init__(self, make: Callable[[], StepBatch], *, counted_step: int | None) -> None:
         self.make = make
@@ -86,8 +87,8 @@ def fit_steps(
 ) -> Steps:
     """Train on a global batch for `config.loop.max_steps` steps, the last of which is counted where that is asked for.
 
-    A step is everything: the batch is made, run forward and backward, and AdamW updates the parameters. Process group
-    and layout must have been started.
+    A step is everything: the batch is taken, run forward and backward, and AdamW updates the parameters; meanwhile a
+    thread makes the next one, as in a run. Process group and layout must have been started.
 
     Args:
         config: The run; it must not validate before the end.
@@ -101,8 +102,9 @@ def fit_steps(
     wrapped, optimizer = make_model(config, num_tokens=num_tokens)
     own = batch.take(np.arange(len(batch))[rank_part(len(batch), *data_parallel_place())])
     corpus: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocabulary=SimpleNamespace(pad_id=pad_id)))
+    ahead = MadeAhead(lambda: prepare_step_batch(config, corpus, own, device))
     stream = _Repeated(
-        lambda: make_step_batch(config, corpus, own, device),
+        lambda: put_step_batch(config, corpus, ahead.take(), device),
         counted_step=config.loop.max_steps if count_bytes else None,
     )
     calls = ("begin", "poll", "wait", "close")

@@ -1,23 +1,26 @@
 """What `scaling.py` has torchrun start: training steps under one layout after another, on all processes of the launch.
 
 Takes the path of a job, JSON; every process writes its answers beside it, as `<job>.<rank>`: of each run the seconds of
-its steps, and the bytes of one more step, counted and by the formulas of `celltron.train.plan`.
+its steps, and the bytes of one more step, counted and by the formulas of `celltron.train.plan`. Where the job cannot be
+done it writes the sentence that says so, as `refused`, and ends with code 2.
 """
 
 import gc
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from celltron.core import build_config
+from celltron.core import InputError, build_config, write_atomically
+from celltron.core.errors import EXIT_BAD_INPUT
 from celltron.recipes.benchmarks.bench_compare import Job, read_cells
 from celltron.recipes.benchmarks.bench_fit import Steps, fit_steps
 from celltron.recipes.geneformer_pretrain import Config
-from celltron.train.launch import choose_device, read_launch, start_process_group
+from celltron.train.launch import Launch, choose_device, read_launch, start_process_group
 from celltron.train.parallel import start_model_parallel
 from celltron.train.plan.communication import Stage, list_exchanges
 from celltron.train.plan.layouts import Layout
@@ -34,11 +37,21 @@ GROUPS = {
 OTHER = "others"
 
 
-def main() -> None:
-    """Run all of a job's runs."""
-    path = Path(sys.argv[1])
-    job = json.loads(path.read_text(encoding="utf-8"))
+def main(arguments: Sequence[str]) -> int:
+    """Run a job, write this process's answers and return its exit code."""
+    path = Path(arguments[0])
     launch = read_launch()
+    try:
+        results = run_job(json.loads(path.read_text(encoding="utf-8")), launch)
+    except InputError as error:
+        results = {"refused": str(error)}
+    # torchrun ends the others as soon as one process has refused.
+    write_atomically(path.with_name(f"{path.name}.{launch.rank}"), json.dumps(results))
+    return EXIT_BAD_INPUT if "refused" in results else 0
+
+
+def run_job(job: Job, launch: Launch) -> Job:
+    """Run all of a job's runs."""
     torch.set_num_threads(job["threads"])
     device = choose_device(job["device"], launch)
     start_process_group(launch, device)
@@ -51,13 +64,12 @@ def main() -> None:
         gc.collect()
         if launch.is_main:
             print(f"{run['name']}: {answers[-1]['seconds'][-1]:.3g} s a step", flush=True)
-    results = {
+    torch.distributed.destroy_process_group()
+    return {
         "runs": answers,
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
     }
-    path.with_name(f"{path.name}.{launch.rank}").write_text(json.dumps(results), encoding="utf-8")
-    torch.distributed.destroy_process_group()
 
 
 def answer(job: Job, run: Job, config: Config, layout: Layout) -> Job:
@@ -109,4 +121,4 @@ def describe_stage(config: Config, steps: Steps) -> Stage:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """What `train_step.py` measures: training steps of celltron and of transformers' `BertForMaskedLM`, on the same cells.
 
-A step is everything: the batch is made, run forward and backward, and AdamW updates the parameters. The first ones of a
-process are not counted.
+A step is everything: the batch is made (celltron's by a thread during the step before, as in its runs), run forward and
+backward, and AdamW updates the parameters. The first ones of a process are not counted.
 
 B cells of a batch, S places of its longest cell.
 """

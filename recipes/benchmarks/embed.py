@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 
 from celltron.core import config_to_dict, parse_arguments, run_command
 from celltron.models.layers.choice import LayerChoice, choose_layers
@@ -38,6 +37,7 @@ from celltron.recipes.benchmarks.bench_compare import (
     take_turns,
     write_results,
 )
+from celltron.train.launch import Launch, choose_device
 from celltron.train.precision import DTYPES
 
 VERSION = 2
@@ -70,10 +70,10 @@ def main(arguments: Sequence[str]) -> None:
     """Draw cells, export a model, measure, compare the vectors, write."""
     config = parse_arguments(Config, arguments, flags=FLAGS).config
     # What cannot be is refused before anything is done.
-    layers = choose_layers(config.layers, device=torch.device(config.device), dtype=DTYPES[config.precision])
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    device = choose_device(config.device, Launch())
+    layers = choose_layers(config.layers, device=device, dtype=DTYPES[config.precision])
     bench_embed.require_transformers()
+    out = Path(config.out)
     with TemporaryDirectory() as folder:
         scratch = Path(folder)
         batch, facts = draw_cells(
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         )
         parts = deal_cells(COMPARISON, batch, config.padded_share, scratch)
         jobs = {system: make_job(config, layers, system, facts, scratch) for system in COMPARISON.systems}
+        out.mkdir(parents=True, exist_ok=True)
         exported = measure(bench_embed.export, jobs["ours_packed"])
         answers = take_turns(bench_embed.answer, jobs, config.repeats)
         vectors = {system: np.load(scratch / f"{system}.npy") for system in COMPARISON.systems}

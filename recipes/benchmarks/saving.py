@@ -20,9 +20,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import torch
+
 from celltron.cells import Batch
 from celltron.core import config_to_dict, parse_arguments, run_command, write_atomically
 from celltron.recipes.benchmarks.bench_compare import CELLS, check_numbers, describe_run, draw_cells, load_run
+from celltron.recipes.benchmarks.bench_fit import fit_steps
+from celltron.recipes.shared.pretrain_config import Config as RunConfig
+from celltron.train.checkpoint import Checkpoints
+from celltron.train.launch import Launch, choose_device, start_process_group
+from celltron.train.parallel import ParallelConfig, start_model_parallel
 
 VERSION = 1
 NAMES = ("data", "shape", "precision", "device", "out", "cells", "save-every", "saves", "repeats", "threads")
@@ -65,19 +72,23 @@ class Config:
 def main(arguments: Sequence[str]) -> None:
     """Draw cells, measure, write."""
     config = parse_arguments(Config, arguments, flags=FLAGS).config
+    # What cannot be is refused before anything is done.
+    device = choose_device(config.device, Launch())
+    runs = {kind: make_run(config, is_saving=kind == "saving") for kind in ("without", "saving")}
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         drawn = {"num_cells": config.cells, "max_length": config.max_length, "seed": config.seed}
         batch, facts = draw_cells(config.data, Path(folder), mask=True, **drawn)
-    seconds: dict[str, list[float]] = {"without": [], "saving": []}
+    seconds: dict[str, list[float]] = {kind: [] for kind in runs}
     bytes_written = 0
-    start(config)
+    start(config, device)
+    out.mkdir(parents=True, exist_ok=True)
     for repeat in range(config.repeats):
         # Every other time the other way round, so that a machine that grows slower is slower for both.
         for kind in sorted(seconds, reverse=repeat % 2 == 0):
             with TemporaryDirectory(dir=out) as folder:
-                seconds[kind].append(time_run(config, batch, facts, Path(folder) if kind == "saving" else None))
+                checkpoints = Path(folder) if kind == "saving" else None
+                seconds[kind].append(time_run(config, runs[kind], batch, facts, checkpoints))
                 if kind == "saving":
                     bytes_written = count_bytes(Path(folder)) // (config.saves + 1)
             print(f"{repeat + 1} of {config.repeats}: {kind}: {seconds[kind][-1]:.3g} s", flush=True)
@@ -94,26 +105,17 @@ def main(arguments: Sequence[str]) -> None:
     print(describe(results))
 
 
-def start(config: Config) -> None:
+def start(config: Config, device: torch.device) -> None:
     """Make this process the only one of a run."""
-    import torch
-
-    from celltron.train.launch import Launch, choose_device, start_process_group
-    from celltron.train.parallel import ParallelConfig, start_model_parallel
-
     if config.threads:
         torch.set_num_threads(config.threads)
-    start_process_group(Launch(), choose_device(config.device, Launch()))
+    start_process_group(Launch(), device)
     start_model_parallel(ParallelConfig(), seed=config.seed)
 
 
-def time_run(config: Config, batch: Batch, facts: dict[str, Any], checkpoints: Path | None) -> float:
-    """Seconds of the steps of as many intervals as there are saves; with a folder, these are in it."""
-    from celltron.recipes.benchmarks.bench_fit import fit_steps
-    from celltron.train.checkpoint import Checkpoints
-    from celltron.train.launch import Launch
-
-    run = load_run(
+def make_run(config: Config, *, is_saving: bool) -> RunConfig:
+    """The shipped config of the shape with what the benchmark sets."""
+    return load_run(
         config.shape,
         precision=config.precision,
         max_length=config.max_length,
@@ -123,9 +125,13 @@ def time_run(config: Config, batch: Batch, facts: dict[str, Any], checkpoints: P
             f"loop.global_batch_size={config.cells}",
             # Half an interval goes before what is timed; half an interval is left to end the last save.
             f"loop.max_steps={config.saves * config.save_every + config.save_every // 2 + 1}",
-            f"loop.save_every={config.save_every if checkpoints else 0}",
+            f"loop.save_every={config.save_every if is_saving else 0}",
         ],
     )
+
+
+def time_run(config: Config, run: RunConfig, batch: Batch, facts: dict[str, Any], checkpoints: Path | None) -> float:
+    """Seconds of the steps of as many intervals as there are saves; with a folder, these are in it."""
     waits = [0.0]
 
     class Timed(Checkpoints):

@@ -38,6 +38,7 @@ from celltron.recipes.benchmarks.bench_compare import (
 from celltron.recipes.benchmarks.bench_compare import write_cells as write_batch
 from celltron.recipes.benchmarks.bench_scaling_report import compare_rates, draw, format_markdown, format_text
 from celltron.recipes.shared.pretrain_config import Config as RunConfig
+from celltron.train.launch import Launch, choose_device
 
 HERE = Path(__file__).resolve().parent
 VERSION = 1
@@ -129,8 +130,9 @@ def split_names(text: str) -> list[str]:
 def main(arguments: Sequence[str]) -> None:
     """Draw cells, measure, write."""
     config = parse_arguments(Config, arguments, flags=FLAGS).config
+    # Each process wants a GPU of its own: the last one of the most processes, too.
+    choose_device(config.device, Launch(local_rank=config.chosen_processes[-1] - 1))
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -138,8 +140,11 @@ def main(arguments: Sequence[str]) -> None:
         batch, facts = draw_cells(
             config.data, scratch, num_cells=num_cells, max_length=config.max_length, seed=config.seed, mask=True
         )
-        for num_processes in config.chosen_processes:
-            wanted = list(list_runs(config, num_processes, batch, scratch))
+        listed = {number: list(list_runs(config, number, batch, scratch)) for number in config.chosen_processes}
+        if not any(listed.values()):
+            raise InputError(f"no layout of {config.layouts} takes {config.processes} processes; choose others")
+        out.mkdir(parents=True, exist_ok=True)
+        for num_processes, wanted in listed.items():
             answers = launch(config, num_processes, wanted, facts, scratch)
             runs += [summarise(run, [answer["runs"][place] for answer in answers]) for place, run in enumerate(wanted)]
     compare_rates(runs)
@@ -210,17 +215,29 @@ def load_layout(config: Config, layout: str, num_processes: int, num_cells: int)
 def launch(
     config: Config, num_processes: int, runs: Sequence[Job], facts: Mapping[str, Any], scratch: Path
 ) -> list[dict[str, Any]]:
-    """What each process answers, by rank."""
+    """What each process answers, by rank.
+
+    Raises:
+        InputError: a process raised it, or torchrun ended without answers.
+    """
     job = scratch / f"job.{num_processes}"
     common = {"device": config.device, "threads": config.chosen_threads}
     common |= {"num_tokens": facts["vocabulary"], "pad_id": facts["pad_id"]}
     job.write_text(json.dumps(common | {"runs": list(runs)}), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     environment = dict(os.environ) | {"OMP_NUM_THREADS": str(config.chosen_threads), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*torchrun, str(HERE / "bench_scaling.py"), str(job)], env=environment, check=False)
+    program = [*torchrun, str(HERE / "bench_scaling.py"), str(job)]
+    # torchrun has much to say of a process that ended with a code, as one does that refuses.
+    done = subprocess.run(program, env=environment, check=False, stderr=subprocess.PIPE, text=True)
+    written = [path for rank in range(num_processes) if (path := job.with_name(f"{job.name}.{rank}")).exists()]
+    answers = [json.loads(path.read_text("utf-8")) for path in written]
+    for answer in answers:
+        if "refused" in answer:
+            raise InputError(answer["refused"])
+    sys.stderr.write(done.stderr)
     if done.returncode:
         raise InputError(f"torchrun ended with code {done.returncode} on {num_processes} processes: see above")
-    return [json.loads((scratch / f"{job.name}.{rank}").read_text("utf-8")) for rank in range(num_processes)]
+    return answers
 
 
 def summarise(run: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

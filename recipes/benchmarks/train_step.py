@@ -7,10 +7,10 @@ Measured are `ours_packed`, `ours_padded` (micro-batches of cells of like length
 full length; on a share of the cells, for each of them costs it the same) and `hf_grouped` (batches of cells of like
 length). All have one shape, dropout, precision and cells, and one AdamW update a step; they take turns, each in a
 process of its own (`bench_step.py`). Tokens a second are real ones: padding is not counted. FLOP/s are those of the
-operations that the model asks for (`celltron.models.geneformer.flops`), in all systems alike; utilisation is their
-share of what matrix products of the same precision reach in the process of `ours_packed`. `--cells-of-length` takes
-made-up cells of one length instead of data; `--layers` and `--compile` are celltron's. A GPU wants more work at a time,
-such as `--cells 1024 --steps 10 pack_cells=16 batch_size=16`.
+operations that the model asks for (`celltron.models.geneformer.flops`), in all systems alike; their share of what
+matrix products of the same precision reach in the process of `ours_packed` is `model_flops_utilization`.
+`--cells-of-length` takes made-up cells of one length instead of data; `--layers` and `--compile` are celltron's. A GPU
+wants more work at a time, such as `--cells 1024 --steps 10 pack_cells=16 batch_size=16`.
 
 Written to the folder `--out`: `train_step.json`, `.txt`, `.md` (for RESULTS.md) and `.png`.
 """
@@ -23,7 +23,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from celltron.cells import NO_LABEL, Batch, Masking, apply_masking
 from celltron.core import InputError, config_to_dict, load_published_geneformer, parse_arguments, run_command
@@ -47,8 +46,9 @@ from celltron.recipes.benchmarks.bench_compare import (
 from celltron.recipes.benchmarks.bench_embed import require_transformers
 from celltron.recipes.shared.pretrain_config import Config as RunConfig
 from celltron.recipes.shared.pretrain_model import pick_layers
+from celltron.train.launch import Launch, choose_device
 
-VERSION = 3
+VERSION = 4
 COMPARISON = Comparison(
     name="train_step",
     title="training step",
@@ -94,16 +94,18 @@ class Config(ComparisonConfig):
 def main(arguments: Sequence[str]) -> None:
     """Draw cells or make them up, measure, write."""
     config = parse_arguments(Config, arguments, flags=FLAGS).config
+    # What cannot be is refused before anything is done.
+    device = choose_device(config.device, Launch())
     run = make_run(config, is_packed=True)
-    layers = pick_layers(run, torch.device(config.device))  # what cannot be is refused before anything is done
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    layers = pick_layers(run, device)
     require_transformers()
+    out = Path(config.out)
     with TemporaryDirectory() as folder:
         scratch = Path(folder)
         batch, facts = get_cells(config, scratch)
         parts = deal_cells(COMPARISON, batch, config.padded_share, scratch)
         jobs = {system: make_job(config, system, facts, scratch) for system in COMPARISON.systems}
+        out.mkdir(parents=True, exist_ok=True)
         answers = take_turns(bench_step.answer, jobs, config.repeats)
     results = describe_run(COMPARISON.name, VERSION, arguments) | {
         "settings": config_to_dict(config),
@@ -161,7 +163,7 @@ def add_arithmetic(results: dict[str, Any], flops: Mapping[str, float], peaks: S
     for system, count in flops.items():
         row = results[system]
         row["flops_per_second"] = count / row["seconds"]["median"]
-        row["utilisation"] = row["flops_per_second"] / results["peak_flops"]
+        row["model_flops_utilization"] = row["flops_per_second"] / results["peak_flops"]
 
 
 def make_run(config: Config, *, is_packed: bool) -> RunConfig:

@@ -56,6 +56,7 @@ WORLD_SIZES = {
     "tp2_sp_full": 2,
     "dp2_overlap": 2,
     "dp2_zero_overlap": 2,
+    "dp2_zero_late": 2,
     "tp2_dp2_dropout": 4,
     "tp2_sp_pp2_dropout": 4,
 }
@@ -235,12 +236,13 @@ def test_recomputed_activations_are_the_same_bits_dropout_included(runs: dict[st
         assert worst_difference(runs[name].whole("parameter", step), expected.whole("parameter", step))[0] == 0.0
 
 
-def test_parameters_gathered_late_are_those_of_the_step_before(runs: dict[str, Run]) -> None:
+@pytest.mark.parametrize("name", ["dp2_zero_overlap", "dp2_zero_late"])
+def test_parameters_gathered_late_are_those_of_the_step_before(runs: dict[str, Run], name: str) -> None:
     for key in ("loss", "validation_loss"):
-        found, expected = runs["dp2_zero_overlap"].series(key), runs["one"].series(key)
+        found, expected = runs[name].series(key), runs["one"].series(key)
         np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT64)
     expected = runs["one"].whole("parameter", NUM_STEPS)
-    assert worst_difference(runs["dp2_zero_overlap"].whole("parameter", NUM_STEPS), expected)[0] < FLOAT64
+    assert worst_difference(runs[name].whole("parameter", NUM_STEPS), expected)[0] < FLOAT64
 
 
 @pytest.mark.parametrize("name", ["tp2_sp_pp2_pre_norm", "cp2_pp2_full_pre_norm"])

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from late_gather import gathered_late
 from megatron.core import parallel_state
 from torch.overrides import TorchFunctionMode
 
@@ -28,7 +29,8 @@ from celltron.cells import NO_LABEL, Batch
 from celltron.cells.corpus import DataConfig
 from celltron.core import Vocabulary
 from celltron.models.geneformer import GeneformerConfig
-from celltron.recipes.geneformer_pretrain import Config, forward_step, make_step_batch
+from celltron.recipes.geneformer_pretrain import Config, forward_step
+from celltron.recipes.shared.pretrain_batches import make_step_batch
 from celltron.recipes.shared.pretrain_model import build_model
 from celltron.train.checkpoint import RunState
 from celltron.train.engine import EngineConfig
@@ -63,6 +65,7 @@ class Layout:
     variant: str = "post_norm"
     engine: dict[str, Any] = field(default_factory=dict)
     save_every: int = 1
+    is_late: bool = False  # see late_gather.py
     device: str = "cpu"
 
 
@@ -96,7 +99,9 @@ LAYOUTS = {
     "fsdp3": Layout(world_size=3, parallel=FSDP),
     "tp2_sp_fsdp2": Layout(world_size=4, parallel=TP2_SP | FSDP, packing=True),
     # Parameters are cut between context-parallel processes too.
-    "cp2_fsdp_full": Layout(world_size=2, parallel=CP2 | FSDP, packing=True, engine={"recompute": "full"}),
+    "cp2_fsdp_full": Layout(
+        world_size=2, parallel=CP2 | FSDP, packing=True, engine={"recompute": "full", "compile": True}
+    ),
     "one_pre_norm": Layout(variant="pre_norm"),
     "tp2_sp_pp2_pre_norm": Layout(world_size=4, parallel=TP2_SP | PP2, packing=True, variant="pre_norm"),
     "cp2_pp2_full_pre_norm": Layout(
@@ -119,6 +124,9 @@ LAYOUTS = {
     "dp2_overlap": Layout(world_size=2, packing=True, engine={"overlap": True}),
     # Saving gathers all parameters, so they are gathered late only where it is rare.
     "dp2_zero_overlap": Layout(world_size=2, parallel=ZERO, packing=True, engine={"overlap": True}, save_every=6),
+    "dp2_zero_late": Layout(
+        world_size=2, parallel=ZERO, packing=True, engine={"overlap": True, "compile": True}, save_every=6, is_late=True
+    ),
     "tp2_dp2_dropout": Layout(world_size=4, parallel=TP2, dropout=0.2),
     "tp2_sp_pp2_dropout": Layout(world_size=4, parallel=TP2_SP | PP2, dropout=0.2),
     # See test_gpu_layers.py.
@@ -383,8 +391,11 @@ def main() -> None:
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{folder}/{name}.rendezvous", rank=rank, world_size=world_size
             )
+            # Compiling takes longer than training.
+            torch.compiler.set_stance("force_eager")
         start_process_group(Launch(rank=rank, world_size=world_size), device)
-        train(LAYOUTS[name], rank, folder, name)
+        with gathered_late() if LAYOUTS[name].is_late else nullcontext():
+            train(LAYOUTS[name], rank, folder, name)
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 

@@ -13,7 +13,7 @@ from celltron.core import InputError, verify_artefact
 KILLED = -9
 NUM_CELLS, RUN_CELLS = 120, 9
 MAX_LENGTH, OLD_MAX_LENGTH = 40, 20
-FEWEST_KILLS, FEWEST_KILLS_REPLACING = 30, 8
+FEWEST_KILLS, FEWEST_KILLS_REPLACING = 15, 8
 FilesOf = Callable[[Path], dict[str, bytes]]
 
 

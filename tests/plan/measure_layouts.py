@@ -1,12 +1,14 @@
 """Measure what steps of a small Geneformer cost under several layouts: run by `ranks.py` on two ranks.
 
 `measure_layouts.py FOLDER` writes FOLDER/<layout>.<rank>.json: bytes of parameters, gradients and optimizer state, the
-most that autograd kept at once, and what a step communicated. The one-process layout is the first rank's alone.
+most that autograd kept and that FSDP had whole at once, and what a step communicated. The one-process layout is the
+first rank's alone.
 """
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +19,14 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.distributed.fsdp import FSDPModule
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from celltron.cells import NO_LABEL, Batch
 from celltron.cells.corpus import DataConfig
 from celltron.models.geneformer import GeneformerConfig, build_geneformer
-from celltron.recipes.geneformer_pretrain import Config, forward_step, make_step_batch
+from celltron.recipes.geneformer_pretrain import Config, forward_step
+from celltron.recipes.shared.pretrain_batches import make_step_batch
 from celltron.train.count_bytes import CountBytes
 from celltron.train.engine import EngineConfig, Recompute, recompute_settings
 from celltron.train.launch import read_launch, start_process_group
@@ -59,6 +64,9 @@ ON_TWO_RANKS: dict[str, tuple[ParallelConfig, Precision, Recompute]] = {
     "dp2_zero_bf16": (ParallelConfig(distributed_optimizer=True), "bf16", "none"),
     "pp2_pre_norm": (ParallelConfig(pipeline=2), "fp32", "none"),
     "tp2_sp_pre_norm": (TP2_SP, "fp32", "none"),
+    "fsdp2": (ParallelConfig(fsdp=True), "fp32", "none"),
+    "fsdp2_bf16": (ParallelConfig(fsdp=True), "bf16", "none"),
+    "cp2_fsdp_full": (ParallelConfig(context=2, fsdp=True), "fp32", "full"),
 }
 ALONE: dict[str, tuple[ParallelConfig, Precision, Recompute]] = {"one": (ParallelConfig(), "fp32", "none")}
 
@@ -71,8 +79,8 @@ def model_of(name: str) -> GeneformerConfig:
 class Kept:
     """Bytes that autograd keeps for backward passes, each storage once, now and at most; parameters not counted."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        self.parameters = {storage_of(parameter) for parameter in parameters}
         self.holders: dict[int, int] = {}
         self.now = self.most = 0
 
@@ -85,8 +93,7 @@ class Held:
 
     def __init__(self, kept: Kept, tensor: torch.Tensor) -> None:
         self.kept, self.tensor = kept, tensor
-        storage = tensor.untyped_storage()
-        self.place, self.num_bytes = storage.data_ptr(), storage.nbytes()
+        self.place, self.num_bytes = storage_of(tensor), tensor.untyped_storage().nbytes()
         if self.place not in kept.parameters:
             if not kept.holders.get(self.place):
                 kept.now += self.num_bytes
@@ -98,6 +105,53 @@ class Held:
             self.kept.holders[self.place] -= 1
             if not self.kept.holders[self.place]:
                 self.kept.now -= self.num_bytes
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Names the storage, also while it has no memory."""
+    name: int = tensor.untyped_storage()._cdata
+    return name
+
+
+class CountWhole(CountBytes):
+    """Counts beside them the most bytes that FSDP has whole at once: parameters, their gradients, buffers of both.
+
+    The head's gradient of the tied weight is no parameter's yet: autograd keeps it for the sum with the embedding's.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.parameters, self.most = parameters, 0
+        self.tied_shape = max((parameter.shape for parameter in parameters), key=torch.Size.numel)
+        self.others: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        place = {"_allgather_base_": 0, "_reduce_scatter_base_": 1}.get(func.overloadpacket.__name__)
+        other = result if place is None else args[place]
+        if place is not None or (isinstance(other, torch.Tensor) and other.shape == self.tied_shape):
+            storage = other.untyped_storage()
+            self.others[storage_of(other)] = StorageWeakRef(storage), storage.nbytes()
+        if func.overloadpacket.__name__ == "_record_function_enter_new":  # FSDP tells profilers what it begins
+            self.most = max(self.most, self.now())
+        return result
+
+    def now(self) -> int:
+        sizes = {name: size for name, (storage, size) in self.others.items() if not storage.expired()}
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        sizes |= {storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in (*self.parameters, *gradients)}
+        return sum(sizes.values())
+
+
+def whole_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
+    """As the model computes with them; FSDP gathers them into the same storages every time."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+    parameters: list[torch.Tensor] = list(model.parameters())
+    for unit in units:
+        unit.reshard()
+    return parameters
 
 
 def draw_batch() -> Batch:
@@ -147,26 +201,33 @@ def measure(folder: Path, name: str, parallel: ParallelConfig, precision: Precis
         **recompute_settings(recompute),
     )
     wrapped, optimizer = wrap_model(
-        model, OptimizerConfig(), dtype=dtype, distributed_optimizer=parallel.distributed_optimizer
+        model,
+        OptimizerConfig(),
+        dtype=dtype,
+        distributed_optimizer=parallel.distributed_optimizer,
+        fsdp=parallel.fsdp,
     )
     corpus: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocabulary=SimpleNamespace(pad_id=PAD_ID)))
     take_step = partial(step, config, corpus, wrapped, optimizer)
-    kept, counter = Kept(model), CountBytes()
+    parameters = whole_parameters(model)
+    kept, counter = Kept(parameters), CountWhole(parameters) if parallel.fsdp else CountBytes()
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor):
         take_step()
     with counter:
         take_step()
-    places = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
-    gradients = [buffer.grad_data for buffer in wrapped.buffers]
+    parts = list(wrapped.parameters())
+    places = [part.untyped_storage().data_ptr() for part in parts]
+    gradients = [part.grad for part in parts] if parallel.fsdp else [buffer.grad_data for buffer in wrapped.buffers]
     others = frozenset([*places, *(tensor.untyped_storage().data_ptr() for tensor in gradients)])
     facts = {
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
-        "parameters": num_bytes(model.parameters()),
+        "parameters": num_bytes(parts),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "gradients": num_bytes(gradients),
         "optimizer": num_bytes(optimizer_tensors(optimizer), besides=others),
         "kept": kept.most,
         "kept_at_the_end": kept.now,
+        "whole": getattr(counter, "most", 0),
         "traffic": [[kind, group, part.calls, part.sent_bytes] for (kind, group), part in counter.traffic.items()],
     }
     (folder / f"{name}.{torch.distributed.get_rank()}.json").write_text(json.dumps(facts))

@@ -4,16 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from celltron.cells import NO_LABEL
 from celltron.core import InputError
 from celltron.models.geneformer import GeneformerConfig
-from celltron.recipes.benchmarks import train_step
+from celltron.recipes.benchmarks import bench_embed, bench_fit, embed, saving, scaling, train_step
+from celltron.recipes.benchmarks.bench_compare import measure
+from celltron.recipes.shared import pretrain_batches
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "recipes" / "benchmarks"
@@ -97,7 +102,7 @@ def test_training_steps_are_compared(tmp_path: Path) -> None:
     assert no_head < flops["ours_packed"] < no_head + 3 * 2 * 0.3 * 384 * 128 * (128 + 25_426)
     for name in systems:
         row = results[name]
-        assert row["utilisation"] == pytest.approx(row["flops_per_second"] / results["peak_flops"])
+        assert row["model_flops_utilization"] == pytest.approx(row["flops_per_second"] / results["peak_flops"])
     assert results["layers"]["layers"] == "torch" and results["layers"]["reason"] == "the device is a CPU"
     text, markdown = (tmp_path / "train_step.txt").read_text(), (tmp_path / "train_step.md").read_text()
     assert "ours_packed / hf_padded" in text and "each of 48 different genes" in text and "TFLOP/s   of peak" in text
@@ -143,3 +148,74 @@ def test_what_cannot_be_is_refused_at_once(arguments: list[str], words: str) -> 
 def test_cells_that_do_not_fill_batches_are_refused() -> None:
     ended = run("train_step.py", "--cells", "12")
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and "multiple of" in ended.stderr
+
+
+@pytest.mark.parametrize("program", [train_step, embed, saving, scaling])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--device", "cuda"], "device is cuda, but PyTorch .* sees no GPU"),
+        (["--cells", "1024"], "has 97 cells: wanted 1,024|has 97 cells: wanted 2,048"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(
+    program: ModuleType,
+    arguments: list[str],
+    words: str,
+    tiny_h5ad: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in (bench_embed, train_step):
+        monkeypatch.setattr(module, "require_transformers", lambda: None)
+    with pytest.raises(InputError, match=words):
+        program.main([*arguments, "--data", str(tiny_h5ad), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def refuse(job: dict[str, Any]) -> dict[str, Any]:
+    raise InputError(f"no {job['wanted']} here; take another")
+
+
+def test_what_another_process_refuses_is_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="^no bf16 here; take another$"):
+        measure(refuse, {"device": "cpu", "system": "ours_packed", "wanted": "bf16"})
+    assert capfd.readouterr().err == ""
+
+
+def test_batches_are_made_ahead_in_a_thread_and_put_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run; what processes have to agree on is part of the step, and so of what is counted."""
+    batch, facts = train_step.make_cells(32, 8, seed=0)
+    config = train_step.make_run(train_step.Config(shape="tiny", cells=32, max_length=64, steps=2), is_packed=True)
+    made: list[str] = []
+    put: list[str] = []
+
+    def prepare(*arguments: Any) -> Any:
+        made.append(threading.current_thread().name)
+        return pretrain_batches.prepare_step_batch(*arguments)
+
+    def put_where_counted(*arguments: Any) -> Any:
+        put.append(threading.current_thread().name)
+        return pretrain_batches.put_step_batch(*arguments)
+
+    def fit(loop: Any, job: Any) -> None:
+        batches = [next(job.train) for _ in range(loop.max_steps)]
+        assert [(one.num_cells, one.num_tokens) for one in batches] == [(32, 256)] * 3
+        job.validation()
+
+    for name, fake in {
+        "make_model": lambda *arguments, **more: (None, None),
+        "data_parallel_place": lambda: (0, 1),
+        "prepare_step_batch": prepare,
+        "put_step_batch": put_where_counted,
+        "fit": fit,
+    }.items():
+        monkeypatch.setattr(bench_fit, name, fake)
+    monkeypatch.setattr(pretrain_batches, "context_parallel_place", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    steps = bench_fit.fit_steps(config, batch, num_tokens=facts["vocabulary"], pad_id=facts["pad_id"])
+    assert len(steps.seconds) == 2
+    assert put == [threading.main_thread().name] * 3
+    assert len(made) >= 3 and all(name.startswith("celltron-batches") for name in made)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from celltron.cells import NO_LABEL, Batch
 from celltron.cells.corpus import DataConfig
-from celltron.recipes import geneformer_pretrain
-from celltron.recipes.geneformer_pretrain import Config, make_step_batch
+from celltron.recipes.shared import pretrain_batches
+from celltron.recipes.shared.pretrain_batches import make_step_batch
+from celltron.recipes.shared.pretrain_config import Config
 from celltron.train.loop import StepBatch
 from celltron.train.loop_config import LoopConfig
 from celltron.train.parallel import ParallelConfig
@@ -38,7 +39,7 @@ def cut(batch: Batch, rank: int, *, context: int, tensor: int = 1, packing: bool
         loop=LoopConfig(micro_batch_size=2, packing=packing),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geneformer_pretrain, "context_parallel_place", lambda: (rank, context))
+        patch.setattr(pretrain_batches, "context_parallel_place", lambda: (rank, context))
         return make_step_batch(config, CORPUS, batch, torch.device("cpu"))
 
 

@@ -1,11 +1,16 @@
 """The benchmark of scaling on very little: bytes counted are those of the formulas, and results are written."""
 
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from celltron.core import InputError
+from celltron.recipes.benchmarks import bench_scaling, scaling
 from celltron.recipes.benchmarks.bench_scaling_report import compare_rates
 
 PROGRAM = Path(__file__).parents[2] / "recipes" / "benchmarks" / "scaling.py"
@@ -64,3 +69,31 @@ def test_what_cannot_be_measured_is_refused(warm_python: Any, arguments: list[st
     ended = warm_python.run(PROGRAM, *arguments)
     assert ended.code == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
     assert all(word in ended.stderr for word in words)
+
+
+def test_fewer_gpus_than_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="no GPU, PyTorch sees 2"):
+        scaling.main(["--device", "cuda", "--processes", "1,2,3", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_process_refuses_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_one(command: list[str], **unused: Any) -> SimpleNamespace:
+        """As torchrun starts the program on its last argument, which ends with a code."""
+        return SimpleNamespace(returncode=bench_scaling.main(command[-1:]), stderr="ChildFailedError")
+
+    def refuse(*unused: Any) -> None:
+        raise InputError("no bf16 here; take another")
+
+    monkeypatch.setattr(bench_scaling, "choose_device", refuse)
+    monkeypatch.setattr(subprocess, "run", run_one)
+    facts = {"vocabulary": 8, "pad_id": 0}
+    config = scaling.Config(threads=torch.get_num_threads())
+    with pytest.raises(InputError, match="^no bf16 here; take another$"):
+        scaling.launch(config, 1, [], facts, tmp_path)
+    assert capsys.readouterr().err == ""
+    assert bench_scaling.main([str(tmp_path / "job.1")]) == 2

@@ -37,16 +37,16 @@ SECONDS_UNTIL_TOO_LATE = 30
 
 
 def record_batches(path: Path) -> None:
-    """Have every training batch noted that the recipe makes tensors of."""
-    make_step_batch = geneformer_pretrain.make_step_batch
+    """Have every training batch noted that the recipe takes a step with."""
+    take = geneformer_pretrain.TrainStream.__next__
 
-    def record(config: Any, corpus: Any, batch: Batch, device: Any) -> Any:
-        if np.isin(batch.cells, corpus.split.train).all():
-            with path.with_name(f"{path.name}.{RANK}").open("a") as file:
-                file.write(json.dumps(describe(batch)) + "\n")
-        return make_step_batch(config, corpus, batch, device)
+    def record(stream: Any) -> Any:
+        step_batch = take(stream)
+        with path.with_name(f"{path.name}.{RANK}").open("a") as file:
+            file.write(json.dumps(describe(stream.made.batch)) + "\n")
+        return step_batch
 
-    geneformer_pretrain.make_step_batch = record
+    geneformer_pretrain.TrainStream.__next__ = record
 
 
 def describe(batch: Batch) -> dict[str, list[Any]]:

@@ -165,6 +165,12 @@ def check_full_disk(folder: Path, launch: Launch, *, where: int, finishing: bool
     assert checkpoints.wait() == checkpoints.path(1)
 
 
+def say(name: str, launch: Launch) -> None:
+    """Print a line in one piece, since ranks share the pipe."""
+    sys.stdout.write(f"{name}: {launch.rank}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Run the checks one after the other."""
     folder, launch = Path(sys.argv[1]), read_launch()
@@ -173,15 +179,15 @@ def main() -> None:
     for is_distributed in (False, True):
         name = "distributed" if is_distributed else "replicated"
         check_training_goes_on(folder / name, launch, is_distributed=is_distributed)
-        print(f"{name}: {launch.rank}", flush=True)
+        say(name, launch)
     for dtype in (torch.float32, torch.bfloat16):
         name = f"kinds in {name_dtype(dtype)}"
         check_kinds(folder / name, launch, dtype=dtype)
-        print(f"{name}: {launch.rank}", flush=True)
+        say(name, launch)
     for where, finishing in ((0, False), (1, False), (0, True)):
         name = f"full disk on {where}{' at the end' if finishing else ''}"
         check_full_disk(folder / name, launch, where=where, finishing=finishing)
-        print(f"{name}: {launch.rank}", flush=True)
+        say(name, launch)
     torch.distributed.destroy_process_group()
 
 

@@ -3,8 +3,8 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from celltron.cells import convert
+from celltron.cells.corpus import DataConfig
+from celltron.core import InputError
 from celltron.recipes.benchmarks.compare_runs import read_metrics, read_tensors
+from celltron.recipes.shared.pretrain_config import Config
+from celltron.recipes.shared.pretrain_resume import claim_folder, note_origin
+from celltron.train.launch import Launch, start_process_group
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -103,6 +108,7 @@ def test_a_run_goes_through_several_epochs_and_ends_inside_one(whole: Path) -> N
     assert [len(batch["cells"]) for batch in batches] == [4] * MAX_STEPS
     assert len(set(batches[17]["epochs"])) > 1 and batches[20]["epochs"] == [2] * 4
     state = json.loads((whole / "checkpoints" / "step_00000020" / "run.json").read_text())
+    assert state["loader"].pop("next_cells") in range(1, 2**32)
     assert state["loader"] == {"seed": 0, "epoch": 2, "position": 10}
 
 
@@ -217,6 +223,37 @@ def test_another_layout_goes_on_with_the_same_cells_and_masks(
         assert_close_to(run, fixed, first_step=21, tolerance=tolerance)
 
 
+def test_a_run_that_began_from_another_goes_on_from_there_until_it_has_saved(
+    train: Train, whole: Path, process_group: None
+) -> None:
+    start_from, run = whole / "checkpoints" / "step_00000020", whole.with_name("branch")
+    ended = train(run, ONE, f"--resume={start_from}", moment="KILL@finish 30")
+    assert ended.code == -9 and checkpoint_names(run) == []
+    ended = train(run, ONE, "--resume=auto", moment="KILL@latest 40")
+    assert ended.code == -9 and checkpoint_names(run) == ["step_00000030", "step_00000040"], ended.stderr
+    assert f"begins again with {start_from}" in ended.stderr and "continuing with step 21" in ended.stderr
+    tensors, others = (read_tensors(one / "checkpoints" / "step_00000040") for one in (run, whole))
+    assert [key for key in tensors if not torch.equal(tensors[key], others[key])] == []
+    # A launcher that starts it again says the same words; a person is told.
+    config = Config(data=DataConfig(paths="unused"), out=str(run), resume=str(start_from))
+    assert claim_folder(config, Launch(is_restart=True)) == run / "checkpoints" / "step_00000030"
+    with pytest.raises(InputError, match="holds a run already; continue it with --resume auto"):
+        claim_folder(config, Launch())
+
+
+def test_a_run_told_to_go_back_does_so_once(finished: Path, process_group: None) -> None:
+    checkpoints = finished / "checkpoints"
+    resume = str(checkpoints / "step_00000010")
+    config = Config(data=DataConfig(paths="unused"), out=str(finished), resume=resume)
+    assert claim_folder(config, Launch(is_restart=True)) == checkpoints / "step_00000010"
+    note_origin(config, checkpoints / "step_00000010")
+    for words in (resume, "auto"):
+        assert claim_folder(replace(config, resume=words), Launch(is_restart=True)) == checkpoints / "step_00000010"
+    (checkpoints / "latest").write_text("step_00000020\n")  # saved since
+    assert claim_folder(config, Launch(is_restart=True)) == checkpoints / "step_00000020"
+    assert claim_folder(config, Launch()) == checkpoints / "step_00000010"
+
+
 def test_the_world_grows_and_shrinks(train: Train, whole: Path) -> None:
     """1, 2, 3, 4, 2 processes and 1 again, another layout each time, in one folder: told to stop, and continued."""
     fixed, run = whole.with_name("fixed in float64"), whole.with_name("elastic")
@@ -232,6 +269,14 @@ def test_the_world_grows_and_shrinks(train: Train, whole: Path) -> None:
         assert read_metrics(run)[-1]["step"] == len(batches)
     assert batches == read_batches(whole.with_name("whole.batches"), ONE)
     assert_close_to(run, fixed, first_step=1, tolerance=1e-9)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    start_process_group(Launch(), torch.device("cpu"))
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """`celltron plan`: what layouts of a run cost on so many GPUs, before any is paid for."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from celltron.models.geneformer.size import Share, count_parameters
 from celltron.recipes.geneformer_pretrain import FLAGS as RUN_FLAGS
 from celltron.recipes.geneformer_pretrain import Config as RunConfig
 from celltron.train.plan.gpus import GPUS, GpuName
-from celltron.train.plan.layouts import Layout
+from celltron.train.plan.layouts import Layout, list_contexts, list_layouts
 
 GIB = 2**30
 FLAGS = {f"--{name.replace('_', '-')}": name for name in ("gpus", "gpu", "mean_length", "rows", "json")} | RUN_FLAGS
@@ -60,25 +60,37 @@ class Config(RunConfig):
             )
         if self.rows < 0:
             raise ValueError(f"rows is {self.rows}, but must not be negative")
-        if self.parallel.fsdp:
-            raise ValueError(
-                "parallel.fsdp is true, for which plan has no formulas; plan with parallel.fsdp=false: layouts with a "
-                "distributed optimizer come closest"
-            )
 
 
 def main(arguments: Sequence[str]) -> None:
     """Plan what the command line describes, and print it."""
-    config = parse_arguments(Config, arguments, flags=FLAGS).config
+    parsed = parse_arguments(Config, arguments, flags=FLAGS)
+    config = parsed.config
     data = config.parallel.data(config.gpus)
     config.loop.check_batches(data)
     task, whence = make_task(config)
     configured = estimate(task, Layout(parallel=config.parallel, data=data), config.loop.micro_batch_size)
-    found = plan(task, config.gpus, context=config.parallel.context)
+    found = plan(task, list_allowed(config, is_context_given="parallel.context" in parsed.values))
     if config.json:
         print(json.dumps(to_dict(config, task, configured, found), indent=1))
     else:
         print(describe(config, task, whence, configured, found))
+
+
+def list_allowed(config: Config, *, is_context_given: bool) -> Iterator[Layout]:
+    """Every layout under which the run's own checks would let it start.
+
+    Context parallelism has the run's degree, and higher ones for long cells unless the command line gives it.
+    """
+    least = config.parallel.context
+    contexts = [least] if is_context_given else list_contexts(config.gpus, config.data.max_length, least=least)
+    for context in contexts:
+        for layout in list_layouts(config.gpus, context=context):
+            try:
+                replace(config, parallel=layout.parallel)
+            except ValueError:
+                continue  # heads, layers, vocabulary or rows cannot be cut so, or what is computed not split so
+            yield layout
 
 
 def make_task(config: Config) -> tuple[Task, str]:
@@ -192,9 +204,8 @@ def describe(config: Config, task: Task, whence: str, configured: Estimate, foun
     if len(shown) < len(fitting):
         lines.append(f"and {len(fitting) - len(shown)} slower ones; --rows 0 prints all")
     lines += [
-        f"tensor {one.layout.parallel.tensor} x pipeline {one.layout.parallel.pipeline} x context "
-        f"{one.layout.parallel.context} x data {one.layout.data} does not fit: {one.memory.total / GIB:.1f} GiB with a "
-        f"micro-batch of {one.micro_batch_size}"
+        f"{_name(one.layout)} does not fit: {one.memory.total / GIB:.1f} GiB with a micro-batch of "
+        f"{one.micro_batch_size}"
         for one in found
         if not one.fits
     ]
@@ -202,14 +213,14 @@ def describe(config: Config, task: Task, whence: str, configured: Estimate, foun
 
 
 _HEADER = (
-    "                        micro-                              GiB a GPU"
+    "                           micro-                              GiB a GPU"
     "                                     MB sent a step",
-    " TP  PP  CP   DP SP DO  batch   ms/step    cells/s   MFU    total param  grad optim activ logit other"
+    " TP  PP  CP   DP SP DO FS  batch   ms/step    cells/s   MFU    total param  grad optim activ logit other"
     "    tensor context  pipe    data",
 )
 _LEGEND = (
-    "TP x PP x CP x DP: tensor, pipeline, context (as configured) and data parallel; SP: sequence parallel; DO: "
-    "distributed optimizer.",
+    "TP x PP x CP x DP: tensor, pipeline, context and data parallel; SP: sequence parallel; DO: distributed optimizer; "
+    "FS: FSDP, which overlaps always.",
     "Micro-batches are in cells of full length. Memory is that of the largest stage; "
     f"{USABLE_SHARE:.0%} of a GPU's may be taken (! is beyond).",
     "Estimates from formulas and data sheets, of PyTorch's own layers; data loading is not counted, nor what "
@@ -218,14 +229,25 @@ _LEGEND = (
 )
 
 
+def _name(layout: Layout) -> str:
+    """In words."""
+    parallel = layout.parallel
+    split = ", FSDP" if parallel.fsdp else ", distributed optimizer" if parallel.distributed_optimizer else ""
+    return (
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x data {layout.data}"
+        f"{', sequence parallel' if parallel.sequence_parallel else ''}{split}"
+    )
+
+
 def _row(one: Estimate) -> str:
     parallel, memory = one.layout.parallel, one.memory
-    other = memory.working + memory.communication
+    other = memory.working + memory.communication + memory.gathered
     parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.logits, other)
     sent = {group: sum(kinds.values()) / 1e6 for group, kinds in one.sent_bytes.items()}
     return (
         f"{parallel.tensor:3d} {parallel.pipeline:3d} {parallel.context:3d} {one.layout.data:4d} "
         f"{'x' if parallel.sequence_parallel else '-':>2} {'x' if parallel.distributed_optimizer else '-':>2} "
+        f"{'x' if parallel.fsdp else '-':>2} "
         f"{one.micro_batch_size:6d} {1e3 * sum(one.seconds.values()):9,.1f} {one.cells_per_second:10,.0f} "
         f"{one.flops_share:5.0%}  {' ' if one.fits else '!'}{memory.total / GIB:6.1f} "
         + " ".join(f"{part / GIB:5.2f}" for part in parts)

@@ -1,7 +1,7 @@
 """What a step of a Geneformer run costs under a layout: joins the model's size with the engine's formulas."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from celltron.models.geneformer.size import (
     Recompute,
     Share,
     activation_bytes,
+    count_layer_parameters,
     count_parameters,
     count_split_parameters,
     list_operations,
@@ -24,9 +25,9 @@ from celltron.models.geneformer.size import (
 )
 from celltron.train.plan.communication import Exchange, Stage, list_exchanges
 from celltron.train.plan.gpus import Gpu
-from celltron.train.plan.layouts import Group, Layout, list_layouts
+from celltron.train.plan.layouts import Group, Layout
 from celltron.train.plan.roofline import micro_batch_seconds, optimizer_seconds, pipeline_seconds
-from celltron.train.plan.state import gradient_bytes, state_bytes, value_bytes
+from celltron.train.plan.state import FLOAT32_BYTES, gathered_bytes, gradient_bytes, state_bytes, value_bytes
 from celltron.train.precision import Precision
 
 USABLE_SHARE = 0.9
@@ -121,6 +122,8 @@ class Memory:
     """Gradients within the backward pass."""
     communication: float
     """What is gathered for sequence parallelism, and what stages hand each other."""
+    gathered: float
+    """Parameters and gradients that FSDP has whole for a moment: in a step, or at the start where that takes more."""
 
     @property
     def total(self) -> float:
@@ -159,7 +162,7 @@ class Estimate:
             "sent_bytes": self.sent_bytes,
             "seconds": self.seconds | {"step": sum(self.seconds.values())},
             "cells_per_second": self.cells_per_second,
-            "model_flops_utilisation": self.flops_share,
+            "model_flops_utilization": self.flops_share,
         }
 
 
@@ -191,21 +194,16 @@ def best_of_layout(task: Task, layout: Layout) -> Estimate:
     return max(fitting, key=lambda one: one.cells_per_second) if fitting else tried[0]
 
 
-def plan(task: Task, num_gpus: int, *, context: int = 1) -> list[Estimate]:
-    """Every layout that the model allows, the fastest first; those that do not fit come last, the smallest first.
+def plan(task: Task, layouts: Iterable[Layout]) -> list[Estimate]:
+    """Those that have cells for every replica, the fastest first; those that do not fit come last, the smallest first.
 
-    All have `context` processes share every cell.
+    The model must allow them all.
     """
-    found = []
-    for layout in list_layouts(num_gpus, context=context):
-        try:
-            task.model.check_layout(
-                tensor_parallel=layout.parallel.tensor, pipeline_parallel=layout.parallel.pipeline
-            )
-        except ValueError:
-            continue  # heads, layers or vocabulary cannot be cut so
-        if layout.data <= len(task.lengths) and task.micro_batch_sizes(layout.data):
-            found.append(best_of_layout(task, layout))
+    found = [
+        best_of_layout(task, layout)
+        for layout in layouts
+        if layout.data <= len(task.lengths) and task.micro_batch_sizes(layout.data)
+    ]
     return sorted(found, key=lambda one: (-one.cells_per_second, 0.0) if one.fits else (0.0, one.memory.total))
 
 
@@ -238,6 +236,7 @@ def make_stage(task: Task, layout: Layout, cut: Cut, share: Share) -> Stage:
         num_embedding_parameters=task.model.padded_vocabulary(task.num_tokens)
         // share.tensor
         * task.model.hidden_size,
+        num_layer_parameters=count_layer_parameters(task.model, share),
         value_bytes=value_bytes(task.precision),
         gradient_bytes=gradient_bytes(task.precision),
         num_micro_batches=cut.num_micro_batches,
@@ -253,7 +252,8 @@ def estimate_memory(task: Task, layout: Layout, cut: Cut, share: Share) -> Memor
     state = state_bytes(
         count_parameters(task.model, task.num_tokens, share),
         task.precision,
-        shards=layout.num_copies if layout.parallel.distributed_optimizer else 1,
+        shards=layout.num_shards,
+        fsdp=layout.parallel.fsdp,
     )
     under_way = min(cut.num_micro_batches, share.pipeline - share.stage)
     kept = activation_bytes(
@@ -261,7 +261,7 @@ def estimate_memory(task: Task, layout: Layout, cut: Cut, share: Share) -> Memor
     )
     hidden = largest.computed * task.model.hidden_size * b
     ends = int(share.is_first) + int(share.is_last)
-    return Memory(
+    memory = Memory(
         parameters=state.parameters,
         gradients=state.gradients,
         optimizer=state.optimizer,
@@ -271,11 +271,22 @@ def estimate_memory(task: Task, layout: Layout, cut: Cut, share: Share) -> Memor
             task.model, task.num_tokens, share, largest, value_bytes=b, recompute=task.recompute
         ),
         communication=hidden * ((1 if share.sequence_parallel else 0) + 2 * (2 - ends) / share.sequence),
+        gathered=0.0,
     )
+    return replace(memory, gathered=_gathered(task, layout, share, memory)) if layout.parallel.fsdp else memory
+
+
+def _gathered(task: Task, layout: Layout, share: Share, others: Memory) -> float:
+    """In a step; or at the start, when the whole model is there, in float32 at least, and nothing of all the others."""
+    num_parameters = count_parameters(task.model, task.num_tokens, share)
+    of_layer = count_layer_parameters(task.model, share)
+    of_root = num_parameters - task.model.num_layers * of_layer
+    in_step = gathered_bytes(of_root, of_layer, task.precision, shards=layout.num_shards)
+    return max(in_step, num_parameters * max(FLOAT32_BYTES, value_bytes(task.precision)) - others.total)
 
 
 def _seconds(task: Task, layout: Layout, cut: Cut, exchanges: list[list[Exchange]]) -> dict[str, float]:
-    """Of the slowest stage, which sets the pace; only overlapped gradients are taken to hide behind computing."""
+    """Of the slowest stage, which sets the pace; only overlapped gradients and FSDP's layers hide behind computing."""
     pairs = zip(_stages(layout), exchanges, strict=True)
     parts = [_seconds_of_stage(task, layout, cut, share, of_stage) for share, of_stage in pairs]
     return max(parts, key=lambda part: sum(part.values()))
@@ -294,15 +305,18 @@ def _seconds_of_stage(
     )
     times: dict[Group, float] = {"tensor": 0.0, "context": 0.0, "pipeline": 0.0, "data": 0.0, "embedding": 0.0}
     for exchange in exchanges:
-        times[exchange.group] += exchange.seconds(layout, task.gpu)
+        if not exchange.is_beside_computing:
+            times[exchange.group] += exchange.seconds(layout, task.gpu)
     of_micro_batch = micro_batch_seconds(works, task.gpu, task.precision)
-    if task.overlap:
+    m = cut.num_micro_batches
+    if layout.parallel.fsdp:
+        beside = sum(exchange.seconds(layout, task.gpu) for exchange in exchanges if exchange.is_beside_computing)
+        times["data"] += max(0.0, beside - m * of_micro_batch)
+    elif task.overlap:
         # Beside the last micro-batch's backward pass, two thirds of its time.
         times["data"] = max(0.0, times["data"] - 2 / 3 * of_micro_batch)
-    m = cut.num_micro_batches
     whole = m * of_micro_batch + times["tensor"] + times["context"] + times["pipeline"]
-    shards = layout.num_copies if layout.parallel.distributed_optimizer else 1
-    num_updated = count_parameters(task.model, task.num_tokens, share) / shards
+    num_updated = count_parameters(task.model, task.num_tokens, share) / layout.num_shards
     return {
         "compute": m * of_micro_batch,
         "tensor": times["tensor"],

@@ -17,6 +17,15 @@ def test_what_torchrun_sets_is_read() -> None:
     assert not launch.is_main
 
 
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_run_that_is_started_again_is_known(name: str) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for others in ({}, place):
+        assert not read_launch(others).is_restart
+        assert not read_launch(others | {name: "0"}).is_restart
+        assert read_launch(others | {name: "2"}).is_restart
+
+
 def test_a_part_of_it_is_refused_and_what_is_missing_named() -> None:
     with pytest.raises(InputError, match="sets RANK, WORLD_SIZE but not LOCAL_RANK"):
         read_launch({"RANK": "0", "WORLD_SIZE": "2"})

@@ -1,4 +1,7 @@
+import subprocess
+import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -42,17 +45,48 @@ def test_the_best_of_all_products_counts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_slow_device_is_not_measured_longer_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
+    asked: list[int] = []
 
     def time_products(left: torch.Tensor, right: torch.Tensor, num_products: int) -> float:
-        nonlocal now
-        now += 0.4 * num_products
+        asked.append(num_products)
         return 0.4
 
     monkeypatch.setattr(peak, "_time_products", time_products)
-    monkeypatch.setattr(peak.time, "perf_counter", lambda: now)
     assert measure_peak(CPU, torch.float32) == pytest.approx(2.0 * SIDES[0] ** 3 / 0.4)
-    assert now == pytest.approx(0.8)
+    assert asked == [1, 1]
+
+
+def test_what_a_gpu_loads_first_takes_nothing_from_the_largest_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """800 TFLOP/s and 10 microseconds a product; the first of a size half a second more, which loads its kernel."""
+    now = 0.0
+    counts: Counter[int] = Counter()
+
+    def matmul(left: torch.Tensor, right: torch.Tensor) -> None:
+        nonlocal now
+        side = len(left)
+        now += 1e-5 + 2.0 * side**3 / 800e12 + (0.0 if counts[side] else 0.5)
+        counts[side] += 1
+
+    monkeypatch.setattr(torch, "matmul", matmul)
+    monkeypatch.setattr(torch, "randn", lambda *sides, device: torch.empty(*sides))
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(peak, "BUDGET_SECONDS", {"cpu": peak.BUDGET_SECONDS["cuda"]})
+    monkeypatch.setattr(peak, "LONGEST_PRODUCT_SECONDS", {"cpu": peak.LONGEST_PRODUCT_SECONDS["cuda"]})
+    assert measure_peak(CPU, torch.float32) == pytest.approx(800e12, rel=0.01)
+    assert set(counts) == set(SIDES)
+    assert now - 0.5 * len(SIDES) < 0.4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_new_process_reaches_on_a_gpu_what_a_warm_one_does() -> None:
+    program = (
+        "import torch; from celltron.train.peak import measure_peak; "
+        "print(*(measure_peak(torch.device('cuda'), torch.bfloat16) for _ in range(2)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = map(float, ended.stdout.split())
+    assert first == pytest.approx(second, rel=0.2)
 
 
 def test_memory_of_this_process_on_a_cpu() -> None:
@@ -60,3 +94,11 @@ def test_memory_of_this_process_on_a_cpu() -> None:
     held = np.ones(32 << 20, dtype=np.uint8)
     assert read_memory(CPU) - before >= held.nbytes // 2
     assert before > 10 << 20
+
+
+def test_reading_the_memory_of_a_gpu_leaves_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = [5 << 30]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: most[-1])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: most.append(0))
+    gpu = torch.device("cuda", 0)
+    assert [read_memory(gpu), read_memory(gpu)] == [5 << 30, 5 << 30]

@@ -3,7 +3,13 @@ import torch
 
 from celltron.models.geneformer import make_transformer_config
 from celltron.models.layers import attention as attention_layer
-from celltron.models.layers.attention import SdpaCoreAttention, attend_and_drop, attend_packed, draw_places
+from celltron.models.layers.attention import (
+    SdpaCoreAttention,
+    attend_and_drop,
+    attend_jagged,
+    attend_packed,
+    draw_places,
+)
 from celltron.models.layers.packing import PackedCells
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -81,6 +87,66 @@ def test_parts_of_a_row_of_packed_cells_are_the_row(lengths: tuple[int, ...], nu
         found = [total + more for total, more in zip(found, of_part, strict=True)]
     for total, gradient in zip(found, expected, strict=True):
         torch.testing.assert_close(total, gradient, rtol=0, atol=1e-13)
+
+
+def draw_packed(part: slice | None = None, device: str = "cpu") -> tuple[PackedCells, list[torch.Tensor]]:
+    """Cells, and their queries of such a part, keys and values, in float64."""
+    packed = PackedCells.of((70, 9, 130, 47), torch.device(device), part=part)
+    q, k, v = (row[0].transpose(0, 1).to(device) for row in draw(B=1, S=256, H=64))
+    return packed, [q[part or slice(None)], k[packed.keys], v[packed.keys]]
+
+
+@pytest.mark.parametrize("part", [None, slice(64, 128)], ids=["row", "part"])
+def test_jagged_attention_is_that_of_each_cell(part: slice | None) -> None:
+    packed, rows = draw_packed(part)
+    found, expected = [], []
+    for attend, results in ((attend_jagged, found), (attend_packed, expected)):
+        own = [row.detach().requires_grad_() for row in rows]
+        out = attend(*own, packed, 0.0)
+        results += [out, *torch.autograd.grad(out.square().sum(), own)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def check_jagged_dropout(device: str, dtype: torch.dtype) -> None:
+    """As many weights are dropped as asked for, others in every call, and the mean is that without dropout."""
+    packed, rows = draw_packed(device=device)
+    q, k, v = (row.to(dtype) for row in rows)
+    ones = torch.ones_like(v)  # each output is then the sum of the weights that are left
+    torch.manual_seed(0)
+    left = attend_jagged(torch.zeros_like(q), k, ones, packed, 0.25)
+    assert left.std() > 0 and abs(left.double().mean().item() - 1.0) < 0.02
+    again = [attend_jagged(q, k, v, packed, 0.25) for _ in range(2)]
+    assert not torch.equal(*again)
+    mean = torch.stack([attend_jagged(q, k, v, packed, 0.25).double() for _ in range(200)]).mean(0)
+    plain = attend_jagged(q, k, v, packed, 0.0).double()
+    assert (mean - plain).square().mean() < 0.02 * plain.square().mean()
+
+
+def test_jagged_attention_drops_weights() -> None:
+    check_jagged_dropout("cpu", torch.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("part", [None, slice(64, 128)], ids=["row", "part"])
+def test_jagged_attention_on_a_gpu(dtype: torch.dtype, part: slice | None) -> None:
+    (packed, rows), (on_gpu, _) = draw_packed(part), draw_packed(part, "cuda")
+    own = [row.to("cuda", dtype).requires_grad_() for row in rows]
+    out = attend_jagged(*own, on_gpu, 0.0)
+    rounded = [row.detach().double().cpu().requires_grad_() for row in own]
+    expected = attend_packed(*rounded, packed, 0.0)
+    pairs = zip(
+        (out, *torch.autograd.grad(out.square().sum(), own)),
+        (expected, *torch.autograd.grad(expected.square().sum(), rounded)),
+        strict=True,
+    )
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    for one, other in pairs:
+        torch.testing.assert_close(one.double().cpu(), other, rtol=0, atol=tolerance * other.abs().max().item())
+    if part is None:
+        check_jagged_dropout("cuda", dtype)
 
 
 @pytest.mark.gpu

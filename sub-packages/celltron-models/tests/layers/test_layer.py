@@ -1,6 +1,7 @@
 """The compiled form of the layers, with the compiler left out: it computes the same, in training alone."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,6 +59,37 @@ def test_compiled_layers_compute_the_same(
     called.clear()
     assert torch.equal(model.eval()(tokens_BS, is_padding_BS), outputs[0])
     assert not called
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("variant", ["post_norm", "pre_norm"])
+def test_parameters_need_not_be_there_before_their_module_is_called(
+    small: Any, make_cells: Any, called: list[str], variant: str, is_compiled: bool
+) -> None:
+    """Megatron gathers them while computing goes on, and waits for a module's own where it is called."""
+    model = build_geneformer(
+        replace(small, variant=variant),
+        num_tokens=101,
+        dtype=torch.float64,
+        sequence_parallel=False,
+        seed=0,
+        is_compiled=is_compiled,
+    )
+    cells = make_cells(9, 16, 1)
+    expected = model.train()(*cells)
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        module.register_forward_pre_hook(partial(arrive, own, [parameter.clone() for parameter in own]))
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    assert torch.equal(model(*cells), expected)
+    assert bool(called) is is_compiled
+
+
+def arrive(parameters: list[torch.Tensor], values: list[torch.Tensor], *unused: Any) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 @torch.no_grad()

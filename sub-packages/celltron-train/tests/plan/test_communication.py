@@ -68,6 +68,32 @@ def test_the_distributed_optimizer_sends_gradients_once_and_narrow_parameters() 
     assert sent(MIDDLE, split) == {("data", "reduce_scatter"): 4 / 5 * 50 * 4, ("data", "all_gather"): 4 / 5 * 50 * 2}
 
 
+@pytest.mark.parametrize(("context", "data"), [(1, 5), (5, 1)])
+def test_fsdp_gathers_twice_and_scatters_once_a_micro_batch(context: int, data: int) -> None:
+    """Zhao et al. 2023, section 3.2.1: 1.5 times what is communicated without it, were both in one type."""
+    layout = Layout(parallel=ParallelConfig(context=context, fsdp=True), data=data)
+    found = [one for one in list_exchanges(replace(MIDDLE, num_layer_parameters=12.0), layout) if one.group == "data"]
+    in_all = {"all_gather": 5 * 2 * 4 / 5 * 50 * 2, "reduce_scatter": 5 * 4 / 5 * 50 * 4}
+    for kind, expected in in_all.items():
+        assert sum(one.sent_bytes(layout) for one in found if one.kind == kind) == expected
+    # Three layers beside computing, the other 14 parameters not.
+    calls = {(one.kind, one.is_beside_computing): (one.calls, one.tensor_bytes) for one in found}
+    assert calls == {
+        ("all_gather", True): (30, 10 * 36 * 2),
+        ("reduce_scatter", True): (15, 5 * 36 * 4),
+        ("all_gather", False): (10, 10 * 14 * 2),
+        ("reduce_scatter", False): (5, 5 * 14 * 4),
+    }
+
+
+def test_under_fsdp_tensor_parallel_processes_sum_their_parts_of_norms() -> None:
+    whole, parts = (
+        Layout(parallel=ParallelConfig(tensor=2, sequence_parallel=True, fsdp=fsdp), data=4) for fsdp in (False, True)
+    )
+    stage = replace(MIDDLE, num_split_parameters=8.0)
+    assert sent(stage, whole)["tensor", "all_reduce"] == 8 * 4 == 4 * sent(stage, parts)["tensor", "all_reduce"]
+
+
 def test_a_stage_in_the_middle_sends_both_ways() -> None:
     layout = Layout(parallel=ParallelConfig(pipeline=3), data=1)
     shapes = 5 * 24

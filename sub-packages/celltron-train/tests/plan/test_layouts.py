@@ -4,7 +4,7 @@ import pytest
 
 from celltron.train.parallel import ParallelConfig
 from celltron.train.plan.gpus import GPUS_PER_NODE
-from celltron.train.plan.layouts import Group, Layout, list_layouts
+from celltron.train.plan.layouts import Group, Layout, list_contexts, list_layouts
 
 
 def test_every_way_to_give_out_gpus_is_listed_once() -> None:
@@ -13,7 +13,33 @@ def test_every_way_to_give_out_gpus_is_listed_once() -> None:
     # Tensor x pipeline x data = 12, tensor at most the eight GPUs of a machine.
     triples = {(t, p, 12 // t // p) for t in (1, 2, 3, 4, 6) for p in range(1, 13) if 12 % (t * p) == 0}
     assert degrees == triples and all(one.num_gpus == 12 for one in layouts)
-    assert len(layouts) == len(set(layouts)) == sum((1 + (t > 1)) * (1 + (d > 1)) for t, _, d in triples)
+    ways = [(1 + (t > 1)) * (1 if d == 1 else 2 if p > 1 else 3) for t, p, d in triples]
+    assert len(layouts) == len(set(layouts)) == sum(ways)
+
+
+def test_fsdp_has_copies_and_no_stages() -> None:
+    found = [one for one in list_layouts(8, context=2) if one.parallel.fsdp]
+    degrees = {(one.parallel.tensor, one.parallel.sequence_parallel, one.num_shards) for one in found}
+    assert degrees == {(1, False, 8), *((t, cut, 8 // t) for t in (2, 4) for cut in (False, True))}
+    assert all(one.parallel.pipeline == 1 and not one.parallel.distributed_optimizer for one in found)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "max_length", "least", "contexts"),
+    [
+        (64, 4095, 1, [1]),
+        (64, 4096, 1, [1, 2]),
+        (64, 1 << 20, 1, [1, 2, 4, 8]),
+        (12, 1 << 20, 1, [1, 2, 4]),
+        (12, 1 << 20, 3, [3, 6]),
+        (16, 2048, 4, [4]),
+        (16, 1 << 20, 16, [16]),
+    ],
+)
+def test_long_cells_are_shared_as_far_as_gpus_go(
+    num_gpus: int, max_length: int, least: int, contexts: list[int]
+) -> None:
+    assert list_contexts(num_gpus, max_length, least=least) == contexts
 
 
 def test_gpus_that_share_cells_are_left_out_of_the_rest() -> None:

@@ -15,7 +15,8 @@ from celltron.train.plan.roofline import (
     optimizer_seconds,
     pipeline_seconds,
 )
-from celltron.train.plan.state import state_bytes
+from celltron.train.plan.state import gathered_bytes, state_bytes
+from celltron.train.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,16 @@ def test_state_of_mixed_precision() -> None:
     whole, split = (state_bytes(1e6, "bf16", shards=shards) for shards in (1, 8))
     assert whole.parameters + whole.gradients + whole.optimizer == 18e6
     assert split.parameters + split.gradients + split.optimizer == 7.5e6
+
+
+@pytest.mark.parametrize(("precision", "of_all"), [("bf16", 16e6), ("fp32", 16e6), ("fp64", 32e6)])
+def test_fsdp_splits_all_state(precision: Precision, of_all: float) -> None:
+    parts = state_bytes(1e6, precision, shards=8, fsdp=True)
+    assert parts.parameters == parts.gradients == of_all / 4 / 8 and parts.optimizer == of_all / 2 / 8
+
+
+def test_a_wide_layer_or_a_wide_rest_is_what_fsdp_has_whole_at_most() -> None:
+    """In bfloat16; `tests/plan` measures it."""
+    assert gathered_bytes(0, 10, "bf16", shards=8) == 10 * (3 * 2 + 4)
+    assert gathered_bytes(10, 0, "bf16", shards=8) == 10 * (2 + 4 + 4 / 8)
+    assert gathered_bytes(10, 10, "fp32", shards=8) == 10 * (2 * 4 + 4 * 4)

@@ -14,6 +14,9 @@ from torch.distributed.rendezvous import rendezvous
 from celltron.core import InputError
 from celltron.train.meeting import open_fresh_part
 
+RESTART_NAMES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""Where launchers say how often they have started a run again."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
@@ -25,6 +28,8 @@ class Launch:
     """Number of processes."""
     local_rank: int = 0
     """Number of this process on its machine: its GPU."""
+    is_restart: bool = False
+    """Whether torchrun started it again after a loss, or SLURM after it was queued anew."""
 
     @property
     def is_main(self) -> bool:
@@ -33,15 +38,16 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK.
+    """Read RANK, WORLD_SIZE and LOCAL_RANK, and how often the run was started again.
 
     Raises:
         InputError: some but not all are set, one is no number, or the rank is none of the world's.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     found = [name for name in names if name in environment]
+    is_restart = any(environment.get(name, "0") != "0" for name in RESTART_NAMES)
     if not found:
-        return Launch()
+        return Launch(is_restart=is_restart)
     if len(found) < len(names):
         missing = ", ".join(name for name in names if name not in environment)
         raise InputError(
@@ -60,7 +66,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"the environment sets RANK {rank}, WORLD_SIZE {world_size}, LOCAL_RANK {local_rank}, but ranks are "
             "numbered from 0 to WORLD_SIZE - 1; start the processes with torchrun"
         )
-    return Launch(rank=rank, world_size=world_size, local_rank=local_rank)
+    return Launch(rank=rank, world_size=world_size, local_rank=local_rank, is_restart=is_restart)
 
 
 def choose_device(device: str, launch: Launch) -> torch.device:

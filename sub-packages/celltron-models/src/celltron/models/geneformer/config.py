@@ -24,8 +24,8 @@ class GeneformerConfig:
     hidden_dropout: float = 0.02
     """Probability of dropping a value after the embedding, the attention and the feed-forward branch."""
     attention_dropout: float = 0.02
-    """Probability of dropping an attention weight; above 0, PyTorch's layers attend more slowly: on a CPU without fused
-    attention, on CUDA with a call for each packed cell instead of one for all."""
+    """Probability of dropping an attention weight; above 0, PyTorch's layers attend more slowly, on a CPU without fused
+    attention."""
     norm_epsilon: float = 1e-12
     """Added to the variance in every layer norm."""
     initial_standard_deviation: float = 0.02

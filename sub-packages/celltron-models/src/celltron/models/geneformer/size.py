@@ -92,15 +92,20 @@ def count_parameters(config: GeneformerConfig, num_tokens: int, share: Share) ->
     >>> count_parameters(GeneformerConfig(), 25_426, Share())
     10300544
     """
-    D, F = config.hidden_size, config.ffn_hidden_size
-    split = (4 * D * D + 2 * D * F + 3 * D + F) // share.tensor
-    count = config.num_layers // share.pipeline * (split + _of_sums(D))
+    D = config.hidden_size
+    count = config.num_layers // share.pipeline * count_layer_parameters(config, share)
     rows = config.padded_vocabulary(num_tokens) // share.tensor
     if share.is_first:
         count += (rows + config.max_positions + (0 if config.is_pre_norm else NUM_TOKEN_TYPES)) * D
     if share.is_last:
         count += D * D + 3 * D + rows + (0 if share.is_first else rows * D)
     return count + _of_outer_norm(config, share)
+
+
+def count_layer_parameters(config: GeneformerConfig, share: Share) -> int:
+    """Those of one layer on one process."""
+    D, F = config.hidden_size, config.ffn_hidden_size
+    return (4 * D * D + 2 * D * F + 3 * D + F) // share.tensor + _of_sums(D)
 
 
 def count_split_parameters(config: GeneformerConfig, share: Share) -> int:

@@ -95,8 +95,9 @@ def attend_packed(
     """Attention within each cell, [T, N x H]; nothing is computed across cells or on padding.
 
     Keys and values are those of the cells that have queries here, whole: of a part of a row at its `packed.keys`. On
-    CUDA in half precision all cells are one call of flash attention for variable lengths (Dao 2023), which has no
-    dropout, and wants heads of a multiple of 8 values, of at most 256; elsewhere each cell is a call.
+    CUDA all cells are one call: in half precision without dropout of flash attention for variable lengths (Dao 2023),
+    which wants heads of a multiple of 8 values, of at most 256, otherwise of PyTorch's attention of jagged tensors. On
+    a CPU each cell is a call.
     """
     num_keys = packed.keys.stop - packed.keys.start
     assert len(k_TNH) == num_keys, f"{len(k_TNH)} keys, wanted those of {num_keys} places"
@@ -107,17 +108,37 @@ def attend_packed(
         longest = (packed.max_seqlen_q, packed.max_seqlen_kv)
         out_TNH: torch.Tensor = varlen_attn(q_TNH, k_TNH, v_TNH, *ends, *longest)  # type: ignore[assignment]
         return out_TNH.flatten(1)
+    if q_TNH.is_cuda:
+        return attend_jagged(q_TNH, k_TNH, v_TNH, packed, dropout)
     out = []
     lengths, key_lengths = list(packed.lengths), list(packed.key_lengths)
     parts = zip((q_TNH, k_TNH, v_TNH), (lengths, key_lengths, key_lengths), strict=True)
     for cell in zip(*(torch.split(tensor, of_tensor) for tensor, of_tensor in parts), strict=True):
         q_NSH, k_NSH, v_NSH = (tensor.transpose(0, 1) for tensor in cell)
-        if dropout and not q_NSH.is_cuda:
+        if dropout:
             out_NSH = attend_and_drop(q_NSH, k_NSH, v_NSH, dropout)
         else:
-            out_NSH = scaled_dot_product_attention(q_NSH[None], k_NSH[None], v_NSH[None], dropout_p=dropout)[0]
+            out_NSH = scaled_dot_product_attention(q_NSH[None], k_NSH[None], v_NSH[None])[0]
         out.append(out_NSH.transpose(0, 1).flatten(1))
     return torch.cat(out)
+
+
+def attend_jagged(
+    q_TNH: torch.Tensor, k_TNH: torch.Tensor, v_TNH: torch.Tensor, packed: PackedCells, dropout: float
+) -> torch.Tensor:
+    """Attention within each cell, [T, N x H], in one call, whose kernel PyTorch chooses."""
+
+    def nest(tensor_TNH: torch.Tensor, ends: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+        # With the lengths at hand PyTorch need not ask the GPU for them.
+        jagged = torch.nested.nested_tensor_from_jagged(
+            tensor_TNH.contiguous(), ends, min_seqlen=min(lengths), max_seqlen=max(lengths)
+        )
+        return jagged.transpose(1, 2)
+
+    q = nest(q_TNH, packed.cu_seqlens_q, packed.lengths)
+    k, v = (nest(tensor, packed.cu_seqlens_kv, packed.key_lengths) for tensor in (k_TNH, v_TNH))
+    out_TNH: torch.Tensor = scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()
+    return out_TNH.flatten(1)
 
 
 def attend_and_drop(

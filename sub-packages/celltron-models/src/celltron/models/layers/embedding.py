@@ -72,7 +72,7 @@ class BertEmbedding(MegatronModule):
             words_BSD = words_BSD.float()
         embedded_BSD = words_BSD + self.position_embeddings(places_S)
         if self.token_type_embeddings is not None:
-            embedded_BSD = embedded_BSD + self.token_type_embeddings.weight[0]
+            embedded_BSD = embedded_BSD + self.token_type_embeddings(tokens_BS.new_zeros(()))
         embedded_SBD: torch.Tensor = embedded_BSD.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             embedded_SBD = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBD, group=self.groups.tp)

@@ -4,10 +4,21 @@ With Megatron's `fp32_residual_connection` hidden states are float32 between the
 computes in its input's dtype, and what enters a branch is rounded to the weights'.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+Norm = tuple[torch.Tensor, torch.Tensor, float]
+"""Weight, bias and epsilon."""
+
+
+def normalise(hidden: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) weight + bias over the last axis (Ba et al. 2016), in the dtype of x."""
+    weight, bias, eps = norm
+    weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
+    return torch.nn.functional.layer_norm(hidden, weight.shape, weight, bias, eps)
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -38,17 +49,20 @@ class LayerNorm(torch.nn.LayerNorm):
         for parameter in (self.weight, self.bias):
             parameter.sequence_parallel = is_split  # type: ignore[attr-defined]
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The normalised hidden states, in their dtype."""
-        return normalise(hidden, self.weight, self.bias, self.eps)
+    def forward(self, *rows: Any, function: Callable[..., torch.Tensor] = normalise) -> torch.Tensor:
+        """What a function makes of `rows` and a `Norm`, this one: by default hidden states, normalised in their dtype.
+
+        Whoever computes with the parameters calls this module for it, which is when gathered ones are waited for.
+        """
+        return function(*rows, (self.weight, self.bias, self.eps))
 
 
 class RoundedLayerNorm(LayerNorm):
     """The norm before a branch: its output has the weights' dtype."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The normalised hidden states."""
-        return super().forward(hidden).to(self.weight.dtype)
+    def forward(self, *rows: Any, function: Callable[..., torch.Tensor] = normalise) -> torch.Tensor:
+        """The same, rounded."""
+        return super().forward(*rows, function=function).to(self.weight.dtype)
 
 
 class Rounding(torch.nn.Module):
@@ -61,9 +75,3 @@ class Rounding(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The same, or rounded."""
         return hidden.to(self.dtype)
-
-
-def normalise(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """(x - mean) / sqrt(variance + eps) weight + bias over the last axis (Ba et al. 2016), in the dtype of x."""
-    weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
-    return torch.nn.functional.layer_norm(hidden, weight.shape, weight, bias, eps)

@@ -3,7 +3,8 @@
 Axes: C cells, T tokens of all cells, or of the part of the row that a context-parallel process holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +63,16 @@ class PackedCells(PackedSeqParams):
             key_lengths=tuple(keys.tolist()),
             keys=slice(int(starts_C[is_here_C][0]), int(ends_C[is_here_C][-1])),
         )
+
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedCells":
+        """The same cells with every tensor changed, such as put on another device."""
+        changed = copy(self)
+        changed.cu_seqlens_q = change(self.cu_seqlens_q)
+        is_alike = self.cu_seqlens_kv is self.cu_seqlens_q
+        changed.cu_seqlens_kv = changed.cu_seqlens_q if is_alike else change(self.cu_seqlens_kv)
+        if self.places_T is not None:
+            changed.places_T = change(self.places_T)
+        return changed
 
 
 def _ends(lengths_C: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from celltron.core import InputError
-from celltron.models.layers.norm import LayerNorm, normalise
+from celltron.models.layers.norm import LayerNorm, Norm, normalise
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 NUM_SHOWN_ROWS = 4096
@@ -29,10 +29,10 @@ def add_branch_and_normalise(
     bias_D: torch.Tensor,
     residual_TD: torch.Tensor,
     probability: float,
-    norm: tuple[torch.Tensor, torch.Tensor, float],
+    norm: Norm,
 ) -> torch.Tensor:
-    """The same in training, normalised; `norm` is weight, bias and epsilon."""
-    return normalise(add_branch(branch_TD, bias_D, residual_TD, probability, True), *norm)
+    """The same in training, normalised."""
+    return normalise(add_branch(branch_TD, bias_D, residual_TD, probability, True), norm)
 
 
 def activate(inner_TF: torch.Tensor, bias_F: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -152,7 +152,7 @@ def _end_compiled(
     branch_SBD, bias_D = branch_with_bias
     rows = branch_SBD.flatten(0, 1), bias_D, residual_SBD.flatten(0, 1), probability
     if isinstance(norm, LayerNorm):
-        ended_TD = compiled(add_branch_and_normalise)(*rows, (norm.weight, norm.bias, norm.eps))
+        ended_TD: torch.Tensor = norm(*rows, function=compiled(add_branch_and_normalise))
         return ended_TD.view_as(residual_SBD)
     sum_SBD = compiled(add_branch)(*rows, True).view_as(residual_SBD)
     return sum_SBD if norm is None else norm(sum_SBD)

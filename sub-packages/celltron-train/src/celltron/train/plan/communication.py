@@ -5,7 +5,8 @@ It stands between an embedding split by vocabulary and the decoder tied to it.
 Sources: Shoeybi et al. 2019 (doi:10.48550/arXiv.1909.08053), section 3, for the all-reduces of tensor parallelism;
 Korthikanti et al. 2022 (doi:10.48550/arXiv.2205.05198), section 4.2, for what sequence parallelism makes of them;
 Narayanan et al. 2021 (doi:10.1145/3458817.3476209), sections 2.2 and 3, for pipeline stages; Rajbhandari et al. 2020
-(doi:10.1109/SC41405.2020.00024), section 7, for the distributed optimizer. Bytes sent are those of a ring, see
+(doi:10.1109/SC41405.2020.00024), section 7, for the distributed optimizer; Zhao et al. 2023
+(doi:10.48550/arXiv.2304.11277), section 3.3, for FSDP. Bytes sent are those of a ring, see
 `celltron.train.count_bytes`. Scalars, such as the gradient's norm, are left out.
 """
 
@@ -34,6 +35,8 @@ class Exchange:
     calls: float
     tensor_bytes: float
     """The whole tensor, of all calls together."""
+    is_beside_computing: bool = False
+    """Whether the step waits for it only where it takes longer than what is computed meanwhile."""
 
     def sent_bytes(self, layout: Layout) -> float:
         """What this process sends."""
@@ -70,6 +73,8 @@ class Stage:
     """Those of them that stand where sequence parallelism cuts the sequence: norms and the biases after a sum."""
     num_embedding_parameters: float
     """Rows of the vocabulary times width, on this process."""
+    num_layer_parameters: float = 0.0
+    """Of one layer, on this process: what FSDP gathers at once."""
     value_bytes: int
     """Of a parameter and of an activation."""
     gradient_bytes: int
@@ -139,12 +144,33 @@ def _between_stages(stage: Stage, layout: Layout) -> Iterable[Exchange]:
 def _gradients(stage: Stage, layout: Layout) -> Iterable[Exchange]:
     """Once a step: gradients of copies, of what several tensor-parallel processes hold, and of the tied embedding."""
     of_all = stage.num_parameters * stage.gradient_bytes
-    if layout.parallel.distributed_optimizer:
+    if layout.parallel.fsdp:
+        yield from _units(stage)
+    elif layout.parallel.distributed_optimizer:
         yield Exchange("data", "reduce_scatter", 1, of_all)
         yield Exchange("data", "all_gather", 1, stage.num_parameters * stage.value_bytes)
     else:
         yield Exchange("data", "all_reduce", 1, of_all)
     if layout.parallel.sequence_parallel:
-        yield Exchange("tensor", "all_reduce", 1, stage.num_split_parameters * stage.gradient_bytes)
+        shards = layout.num_shards if layout.parallel.fsdp else 1
+        yield Exchange("tensor", "all_reduce", 1, stage.num_split_parameters / shards * stage.gradient_bytes)
     if stage.is_first or stage.is_last:
         yield Exchange("embedding", "all_reduce", 1, stage.num_embedding_parameters * stage.gradient_bytes)
+
+
+def _units(stage: Stage) -> Iterable[Exchange]:
+    """FSDP: in every micro-batch each unit is gathered forward and backward, and its gradients are scattered.
+
+    A layer's gather runs beside the layer before it, its scatter beside the layer after it, both one after the other on
+    the group's one communicator. Nothing runs beside those of the unit of all else: it is needed before the first layer
+    and before the backward pass, which ends with its gradients. Left out are that its second gather may begin while
+    the GPU is still busy with the forward pass, that rows of a tensor are padded to a multiple of the processes, and
+    copies into and out of buffers.
+    """
+    m, num_layers = stage.num_micro_batches, stage.num_layers
+    of_layers = num_layers * stage.num_layer_parameters
+    of_root = stage.num_parameters - of_layers
+    for is_beside, num_units, num_parameters in ((True, num_layers, of_layers), (False, 1, of_root)):
+        values, gradients = num_parameters * stage.value_bytes, num_parameters * stage.gradient_bytes
+        yield Exchange("data", "all_gather", 2 * m * num_units, 2 * m * values, is_beside)
+        yield Exchange("data", "reduce_scatter", m * num_units, m * gradients, is_beside)

@@ -10,6 +10,13 @@ from celltron.train.parallel import ParallelConfig
 from celltron.train.plan.gpus import GPUS_PER_NODE
 
 Group = Literal["tensor", "context", "pipeline", "data", "embedding"]
+MOST_CONTEXT = GPUS_PER_NODE
+"""Processes that share a cell, at most: they exchange keys and values in every layer."""
+LEAST_PLACES = 2048
+"""Of the longest cell that each of them is left with, at least; an assumption: a cell of so many tokens keeps a GPU
+busy, and fits on it."""
+# What copies split between them, as (distributed_optimizer, fsdp): nothing, the optimizer's state, all.
+_SPLITS = ((False, False), (True, False), (False, True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +37,11 @@ class Layout:
     def num_copies(self) -> int:
         """Processes that hold the same parameters: those of the replicas, and of each those that share its cells."""
         return self.parallel.context * self.data
+
+    @property
+    def num_shards(self) -> int:
+        """Processes that split the optimizer's state, and with FSDP parameters and gradients too."""
+        return self.num_copies if self.parallel.distributed_optimizer or self.parallel.fsdp else 1
 
     def group_size(self, group: Group) -> int:
         """Processes of a group; data's are all copies, the embedding's the first stage and the last."""
@@ -81,15 +93,32 @@ def list_layouts(num_gpus: int, *, context: int = 1) -> Iterator[Layout]:
         for pipeline in _divisors(num_gpus // context // tensor):
             data = num_gpus // context // tensor // pipeline
             for sequence_parallel in (False, True)[: 2 if tensor > 1 else 1]:
-                for distributed_optimizer in (False, True)[: 2 if context * data > 1 else 1]:
+                for distributed_optimizer, fsdp in _SPLITS:
+                    if (distributed_optimizer or fsdp) and context * data == 1 or fsdp and pipeline > 1:
+                        continue
                     parallel = ParallelConfig(
                         tensor=tensor,
                         pipeline=pipeline,
                         context=context,
                         sequence_parallel=sequence_parallel,
                         distributed_optimizer=distributed_optimizer,
+                        fsdp=fsdp,
                     )
                     yield Layout(parallel=parallel, data=data)
+
+
+def list_contexts(num_gpus: int, max_length: int, *, least: int = 1) -> list[int]:
+    """Degrees of context parallelism worth trying for cells of up to `max_length` tokens: `least`, and that doubled.
+
+    >>> list_contexts(64, 8192), list_contexts(64, 2048), list_contexts(2, 16_384), list_contexts(8, 2048, least=2)
+    ([1, 2, 4], [1], [1, 2], [2])
+    """
+    doubles = [least * 2**power for power in range(1, MOST_CONTEXT.bit_length())]
+    return [least] + [
+        context
+        for context in doubles
+        if context <= MOST_CONTEXT and num_gpus % context == 0 and max_length >= context * LEAST_PLACES
+    ]
 
 
 @cache
