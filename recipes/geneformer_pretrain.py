@@ -111,6 +111,7 @@ def pretrain(config: Config, launch: Launch, device: torch.device) -> float:
             launch=launch,
             retention=config.loop.retention,
             files=travelling_files(config, corpus, out),
+            first_step=first_step,
         ),
         metrics=metrics,
         timer=start_timer(device),

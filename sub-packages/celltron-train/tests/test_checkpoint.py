@@ -15,10 +15,9 @@ import torch
 from celltron.core import InputError
 from celltron.train import async_save, checkpoint
 from celltron.train.checkpoint import Checkpoints, load_model, load_training, save_model
-from celltron.train.checkpoint_folder import RunState, find_checkpoint, read_run_state, verify_checkpoint
+from celltron.train.checkpoint_folder import RunState, read_run_state, verify_checkpoint
 from celltron.train.launch import Launch
 from celltron.train.optimizer import OptimizerConfig, wrap_model
-from celltron.train.retention import RetentionConfig
 
 pytestmark = pytest.mark.usefixtures("engine")
 STATE = RunState(
@@ -231,37 +230,6 @@ def test_a_run_that_fails_gives_up_its_save(
     assert checkpoints.poll() is None
     checkpoints.close()
     verify_checkpoint(checkpoints.save(replace(STATE, step=2), *trained))
-
-
-@pytest.mark.parametrize(
-    ("retention", "kept"),
-    [
-        (None, [1, 2, 3, 4]),
-        (RetentionConfig(keep_last=2), [3, 4]),
-        (RetentionConfig(keep_last=1, keep_best=1), [2, 4]),
-    ],
-)
-def test_outdated_ones_are_removed(
-    tmp_path: Path, train: Train, retention: RetentionConfig | None, kept: list[int]
-) -> None:
-    """Also by a resumed run, which reads the losses of the run before it."""
-    trained = train(1)
-    for step, loss in enumerate((0.5, 0.3, 0.4, None), start=1):
-        checkpoints = Checkpoints(tmp_path, launch=Launch(), retention=retention)
-        checkpoints.save(replace(STATE, step=step, validation_loss=loss), *trained)
-    assert sorted(os.listdir(tmp_path)) == ["latest", *(f"step_{step:08d}" for step in kept)]
-    assert checkpoints.newest() == checkpoints.path(4)
-
-
-def test_the_one_just_written_is_kept_though_later_ones_are_there(tmp_path: Path, train: Train) -> None:
-    trained = train(1)
-    for step in (30, 40):
-        Checkpoints(tmp_path, launch=Launch()).save(replace(STATE, step=step), *trained)
-    keep_two = RetentionConfig(keep_last=2)
-    Checkpoints(tmp_path, launch=Launch(), retention=keep_two).save(replace(STATE, step=20), *trained)
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000020", "step_00000040"]
-    assert find_checkpoint(tmp_path) == tmp_path / "step_00000020"
-    assert Checkpoints(tmp_path, launch=Launch()).newest() == tmp_path / "step_00000020"
 
 
 def fail_with_full_disk(*unused: Any, **unused_keywords: Any) -> None:

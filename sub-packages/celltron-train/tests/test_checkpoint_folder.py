@@ -110,9 +110,15 @@ def names_of(damage: str, name: str) -> list[str]:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_whatever_file_is_damaged_is_named_and_the_checkpoint_before_it_used(
-    checkpoints: Checkpoints, saved: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+    checkpoints: Checkpoints,
+    saved: Path,
+    tmp_path: Path,
+    damage: str,
+    capsys: pytest.CaptureFixture[str],
+    train: Callable[..., Any],
 ) -> None:
-    whole = shutil.copytree(saved, tmp_path / "whole")
+    """And the run that goes on from that one writes the damaged one anew."""
+    whole, trained = shutil.copytree(saved, tmp_path / "whole"), train(2)
     for name in NAMES:
         assert checkpoints.newest() == saved
         assert capsys.readouterr().err == ""
@@ -121,6 +127,13 @@ def test_whatever_file_is_damaged_is_named_and_the_checkpoint_before_it_used(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith("using the older step_00000001 instead")
         assert line.startswith(str(saved)) and any(Path(named).name in line for named in names_of(damage, name)), line
+        resumed = Checkpoints(checkpoints.folder, launch=Launch(), first_step=2)
+        assert resumed.save(replace(STATE, step=2), *trained) == resumed.newest() == saved
+        said = capsys.readouterr().err
+        if (damage, name) == ("missing", "manifest.json"):
+            assert said == f"{saved} has no manifest.json; it is removed to make way for this step's checkpoint\n"
+        else:
+            assert said == ""
         shutil.rmtree(saved)
         shutil.copytree(whole, saved)
 
@@ -212,6 +225,20 @@ def test_what_killed_saves_left_is_removed_at_the_next_start(
     litter()
     Checkpoints(checkpoints.folder, launch=Launch()).save(replace(STATE, step=5), *train(1))
     assert sorted(os.listdir(checkpoints.folder)) == [being_written.name, *stay, "step_00000005"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "empty folder"])
+def test_what_else_has_a_checkpoint_s_name_makes_way_for_it(
+    checkpoints: Checkpoints, saved: Path, kind: str, train: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoints.path(3)
+    {"file": path.touch, "empty folder": path.mkdir, "link": lambda: path.symlink_to(saved)}[kind]()
+    assert checkpoints.save(replace(STATE, step=3), *train(1)) == path
+    assert not path.is_symlink() and sorted(os.listdir(checkpoints.folder))[2:] == ["step_00000002", "step_00000003"]
+    verify_checkpoint(saved)
+    verify_checkpoint(path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path} {'is a link' if kind == 'link' else 'has no manifest.json'}; it is removed")
 
 
 @pytest.mark.parametrize(

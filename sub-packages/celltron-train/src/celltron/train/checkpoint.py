@@ -31,6 +31,7 @@ from celltron.train.checkpoint_folder import (
     LATEST_NAME,
     RUN_STATE_NAME,
     clear_leftovers,
+    make_way,
     newest_complete_step,
 )
 from celltron.train.checkpoint_folder import STATE_FOLDER as STATE_FOLDER
@@ -62,6 +63,9 @@ class Checkpoints:
         launch: This process's place.
         retention: Which are kept; None keeps all.
         files: The run's own files that travel in every checkpoint: name to text.
+        first_step: The step that the run starts or continues with: checkpoints from it on, left by a run that went
+            further than the checkpoint it is continued from, are of no more use once there is a new one; None takes
+            the first step that is saved.
     """
 
     def __init__(
@@ -71,14 +75,16 @@ class Checkpoints:
         launch: Launch,
         retention: RetentionConfig | None = None,
         files: Mapping[str, str] | None = None,
+        first_step: int | None = None,
     ) -> None:
         self.folder = folder
         self.launch = launch
         self.retention = retention or RetentionConfig(keep_last=0)
         self.files = dict(files or {})
+        self.first_step = first_step
         self._copier = Copier()
         self._save: Save | None = None
-        self._is_first = True
+        self._written: list[int] = []
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -99,19 +105,25 @@ class Checkpoints:
                 name = self._save.final.name
                 print(f"{name} is still being written; step {state.step:,} waits with its own", file=sys.stderr)
             earlier = self.wait()
-        if self._is_first:
-            do_on_main(self.launch, lambda: clear_leftovers(self.folder))
-            self._is_first = False
         final = self.path(state.step)
+        do_on_main(self.launch, lambda: self._clear_for(final))
         sharded = _sharded_state(model, optimizer, is_loading=False)
 
         def complete(snapshot: Snapshot, parts: list[Part]) -> None:
             _complete(final, state, self.files, snapshot, parts)
             write_atomically(self.folder / LATEST_NAME, final.name + "\n")
-            remove_outdated(self.retention, self.folder, current=state.step)
+            self._written.append(state.step)
+            clear_leftovers(self.folder)
+            first_step = self._written[0] if self.first_step is None else self.first_step
+            remove_outdated(self.retention, self.folder, written=self._written, first_step=first_step)
 
         self._save = _begin(final, sharded, complete, copier=self._copier, launch=self.launch, replace=True)
         return earlier
+
+    def _clear_for(self, final: Path) -> None:
+        if not self._written:
+            clear_leftovers(self.folder)
+        make_way(final)
 
     def poll(self) -> Path | None:
         """Go on with the checkpoint begun, if any, without waiting for the disk; every process calls this every step.

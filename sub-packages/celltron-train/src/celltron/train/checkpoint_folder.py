@@ -7,13 +7,14 @@ written. Names that begin with a point are not looked at: a save, or a removal, 
 import json
 import os
 import shutil
+import stat
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from celltron.core import InputError, build_config, read_manifest, verify_artefact
 from celltron.core.durable import lock_folder, sync_folder
-from celltron.core.manifest import list_files
+from celltron.core.manifest import MANIFEST_NAME, list_files
 from celltron.train.spike import SpikeState
 from celltron.train.torch_dist import check_torch_dist
 
@@ -22,6 +23,9 @@ CHECKPOINT_VERSION = 1
 LATEST_NAME = "latest"
 STATE_FOLDER = "state"
 RUN_STATE_NAME = "run.json"
+
+_said_to_stay: set[Path] = set()
+"""What this process has said it cannot remove."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,22 +174,81 @@ def read_resumable(path: Path) -> RunState:
     return state
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint; one that is killed on the way leaves nothing that looks like one."""
-    removed = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    os.rename(path, removed)
-    sync_folder(path.parent)
-    shutil.rmtree(removed)
+def remove_checkpoint(path: Path) -> bool:
+    """Remove a checkpoint, but not one whose folder a person made read-only to protect it.
+
+    A removal that is killed on the way leaves nothing that looks like a checkpoint; one that fails is said once.
+
+    Returns:
+        Whether there is no checkpoint of that name any more.
+    """
+    try:
+        is_protected = not path.stat().st_mode & stat.S_IWUSR  # asking for access would not do: root has it anyway
+    except OSError:
+        is_protected = False
+    if is_protected:
+        _say_it_stays(path, "its folder is read-only")
+        return False
+    return _put_away(path)
+
+
+def make_way(path: Path) -> None:
+    """Remove what has the name of a checkpoint that is about to be written, but cannot be replaced by it.
+
+    That is a folder without manifest, a file or a link; what has a manifest stays until the new one is complete.
+    """
+    is_link = path.is_symlink()
+    if not os.path.lexists(path) or (not is_link and (path / MANIFEST_NAME).is_file()):
+        return
+    reason = "is a link" if is_link else f"has no {MANIFEST_NAME}"
+    print(f"{path} {reason}; it is removed to make way for this step's checkpoint", file=sys.stderr, flush=True)
+    _put_away(path)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed saves and removals left; what another process is writing now stays."""
-    for left in [*folder.glob(".step_????????.partial"), *folder.glob(".step_????????.removed")]:
-        lock = lock_folder(left) if left.is_dir() else False
+    """Remove what killed saves and removals left, and what could not be removed before; what cannot is said once.
+
+    What another process is writing now stays.
+    """
+    for pattern in (".step_????????.partial", ".step_????????.removed", f".{LATEST_NAME}.*.tmp"):
+        for left in folder.glob(pattern):
+            _clear(left)
+
+
+def _put_away(path: Path) -> bool:
+    """Take a checkpoint's name away, which is one step, and remove it; False where not even its name can be taken."""
+    removed = path.with_name(f".{path.name}.removed")
+    try:
+        if os.path.lexists(removed):
+            _clear(removed)
+        os.rename(path, removed)
+        sync_folder(path.parent)
+    except OSError as error:
+        _say_it_stays(path, error.strerror or str(error))
+        return False
+    _clear(removed)
+    return True
+
+
+def _clear(left: Path) -> None:
+    """Remove a file, a link, or a folder that no process is writing."""
+    try:
+        if left.is_symlink() or not left.is_dir():
+            left.unlink()
+            return
+        lock = lock_folder(left)
         if lock is not False:
-            shutil.rmtree(left)
-            if lock is not None:
-                os.close(lock)
-    for left in folder.glob(f".{LATEST_NAME}.*.tmp"):
-        left.unlink()
+            try:
+                shutil.rmtree(left)
+            finally:
+                if lock is not None:
+                    os.close(lock)
+    except OSError as error:
+        _say_it_stays(left, f"{Path(error.filename or left).name}: {error.strerror or error}")
+
+
+def _say_it_stays(path: Path, reason: str) -> None:
+    """Say so once; a run must not end for what it could do without."""
+    if path not in _said_to_stay and os.path.lexists(path):
+        _said_to_stay.add(path)
+        print(f"{path} cannot be removed ({reason}); every save tries again", file=sys.stderr, flush=True)

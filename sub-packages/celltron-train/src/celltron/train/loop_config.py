@@ -30,11 +30,12 @@ class LoopConfig:
     save_every: int = 0
     """Steps between two checkpoints; one is always written at the end, and with 0 only that one."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept; 0 keeps all."""
+    """Newest checkpoints kept; 0 keeps all. When a run goes back to an earlier one, those after it are removed once a new
+    one is complete, unless this is 0."""
     keep_best: int = 0
     """Checkpoints of the lowest validation loss kept besides, of those written at a step that was validated."""
     keep_every: int = 0
-    """Checkpoints of steps that are a multiple of this are kept for ever; 0 is none."""
+    """Checkpoints of steps that are a multiple of this are kept as long as the run does not go back; 0 is none."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped since their loss or gradient is no finite number; one more ends the run."""
     stop_seconds: float = 100.0
