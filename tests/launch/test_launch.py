@@ -200,6 +200,11 @@ def test_a_run_that_saves_slowly_is_given_its_time() -> None:
     assert plan(*TRAIN, "loop.stop_seconds=30").settings["env_vars"]["PET_SHUTDOWN_TIMEOUT"] == "50"
 
 
+@pytest.mark.parametrize("text", ["4", "3:01", "0:03:01", "0-1", "0-0:4", "0-0:03:01", "2-12:00:00", "5000"])
+def test_a_time_limit_is_handed_on_as_it_was_written(text: str) -> None:
+    assert plan(*SLURM, "--time", text, *TRAIN).settings["time"] == text
+
+
 def test_slurm_plan_in_a_container(folder: Path, tmp_path: Path) -> None:
     words = ["--container-image", "celltron.sqsh", "--container-mounts", "/a:/a,/b:/c", "--gpus-per-node", "0"]
     slurm = plan(*SLURM, *words, "--requeues", "0", *TRAIN)
@@ -317,6 +322,13 @@ def test_nemo_run_is_asked_for_where_it_is_missing(
         (["--requeues", "0", *TRAIN], "--requeues is given, but the executor is local"),
         (["--executor", "slurm", *TRAIN], "needs --account"),
         ([*SLURM, "--container-mounts", "/a:/a", *TRAIN], "no --container-image"),
+        *(
+            ([*SLURM, "--time", text, *TRAIN], f"--time is {text!r}, but SLURM takes minutes, minutes:seconds")
+            for text in ("tomorrow", "1h", "-5", "1:2:3:4", "1-", "1-2:3:4:5", "10:", "1.5", "٣", "", "UNLIMITED")
+        ),
+        ([*SLURM, "--time", "00:03:00", *TRAIN], "--time is '00:03:00', but the run is told to stop 180 s before that"),
+        ([*SLURM, "--time", "0", *TRAIN], "--time is '0', but the run is told to stop 180 s before that"),
+        ([*SLURM, "--time", "61", *TRAIN, "loop.stop_seconds=3600"], "'61', but the run is told to stop 3680 s before"),
         (["--name", "a/b", *TRAIN], "--name is 'a/b'"),
         (["--processes-per-node", "0", *TRAIN], "'0' is no whole number"),
         (["--max-restarts", "-1", *TRAIN], "'-1' is no whole number"),

@@ -4,11 +4,15 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers.dynamic_module_utils
@@ -133,6 +137,24 @@ def test_weights_without_a_context(folder: Path) -> None:
         assert (folder / "bare.hf" / name).read_bytes() == (case / "huggingface" / name).read_bytes(), name
     assert (folder / "bare" / "model.json").read_text() == (case / "checkpoint" / "model.json").read_text()
     assert not (folder / "bare.hf" / "gene_median_dictionary.json").exists()
+
+
+def test_the_code_on_the_card_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the folder holds the medians, and where the card asks for them."""
+    monkeypatch.chdir(tmp_path)
+    genes = [f"ENSG{number:011d}" for number in range(12)]
+    counts_CG = np.random.default_rng(1).poisson(1.5, size=(3, 12)).astype(np.float32)
+    anndata.AnnData(counts_CG, var=pd.DataFrame(index=genes)).write_h5ad("cells.h5ad")
+    shutil.copy(folder / "joined_fused" / "medians.json", "medians.json")
+    values_CG = counts_CG / np.array([json.loads(Path("medians.json").read_text())[gene] for gene in genes])
+    wanted = [[0, *(5 + gene for gene in np.argsort(-row) if row[gene] > 0)] for row in values_CG]
+    for name in ("joined_fused/huggingface", "bare.hf"):
+        _, code = re.findall(r"```python\n(.*?)```", (folder / name / "README.md").read_text(), re.DOTALL)
+        found: dict[str, Any] = {}
+        exec(code.replace("path/to/this/folder", str(folder / name)), found)
+        assert found["tokens"].tolist() == [token for cell in wanted for token in cell], name
+        assert found["lengths"].tolist() == [len(cell) for cell in wanted]
+        shutil.rmtree("cells.store")
 
 
 def test_no_run_is_resumed_from_an_import(

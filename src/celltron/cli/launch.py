@@ -24,6 +24,7 @@ SPARE_SECONDS = 20
 SLURM_SPARE_SECONDS = 60
 """What SLURM leaves torchrun besides, from telling a job's steps to stop to the job's time limit."""
 DEFAULT_TIME = "24:00:00"
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 # Set by what the flags' names say; None where they were not given.
 _SLURM_ONLY = (
     "account",
@@ -74,7 +75,7 @@ def add_verb(verbs: Any) -> None:
     slurm = parser.add_argument_group("on SLURM")
     slurm.add_argument("--account", help="who pays")
     slurm.add_argument("--partition", help="where to queue; the cluster's default otherwise")
-    slurm.add_argument("--time", metavar="HH:MM:SS", help=f"time limit; {DEFAULT_TIME} otherwise")
+    slurm.add_argument("--time", metavar="HH:MM:SS", help=f"time limit, as SLURM takes it; {DEFAULT_TIME} otherwise")
     slurm.add_argument("--nodes", type=_positive, help="machines; 1 otherwise")
     slurm.add_argument("--gpus-per-node", type=_count, help="0 for none; one a process otherwise")
     slurm.add_argument("--cpus-per-task", type=_positive, help="processors of a node; the cluster's default otherwise")
@@ -177,13 +178,20 @@ def _slurm_settings(options: argparse.Namespace, saving_seconds: int) -> dict[st
         raise InputError("--executor slurm needs --account; give the one that pays for the job")
     if options.container_mounts and not options.container_image:
         raise InputError("--container-mounts is given, but no --container-image; give both or neither")
+    time = DEFAULT_TIME if options.time is None else options.time
+    notice_seconds = saving_seconds + SLURM_SPARE_SECONDS
+    if read_time_limit(time) <= notice_seconds:
+        raise InputError(
+            f"--time is {time!r}, but the run is told to stop {notice_seconds} s before that; give more time, or lower "
+            "loop.stop_seconds"
+        )
     settings: dict[str, Any] = {
         "account": options.account,
-        "time": options.time or DEFAULT_TIME,
+        "time": time,
         "nodes": options.nodes or 1,
         "ntasks_per_node": options.processes_per_node,
         # To the steps, not to the batch script: that queues the job again when a step ends badly.
-        "signal": f"TERM@{saving_seconds + SLURM_SPARE_SECONDS}",
+        "signal": f"TERM@{notice_seconds}",
         "retries": 20 if options.requeues is None else options.requeues,
         "env_vars": _torchrun_environment(options, saving_seconds),
     }
@@ -203,6 +211,30 @@ def _slurm_settings(options: argparse.Namespace, saving_seconds: int) -> dict[st
         # bash puts the rest of the node's own path in.
         settings["env_vars"]["PATH"] = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
     return settings
+
+
+def read_time_limit(text: str) -> int:
+    """Read a time limit as SLURM does, in seconds.
+
+    Source: `--time` in the manual of sbatch.
+
+    >>> [read_time_limit(text) for text in ("90", "90:30", "1:30:30", "1-6", "1-6:30", "1-6:30:15")]
+    [5400, 5430, 5430, 108000, 109800, 109815]
+
+    Raises:
+        InputError: it has none of SLURM's forms.
+    """
+    found = _TIME.fullmatch(text)
+    if found is None:
+        raise InputError(
+            f"--time is {text!r}, but SLURM takes minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+            "days-hours:minutes or days-hours:minutes:seconds; write one of these"
+        )
+    days, *rest = found.groups()
+    numbers = [int(number) for number in rest if number is not None]
+    # Hours come first only after days, or where there are three numbers.
+    units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(unit * number for unit, number in zip(units, numbers, strict=False))
 
 
 def submit(plan: LaunchPlan) -> None:

@@ -45,8 +45,10 @@ def test_the_card_of_the_pre_norm_variant() -> None:
     assert "keep the first 2,047 genes, and put `<cls>` before them" in card
 
 
-def test_missing_medians_are_said() -> None:
-    assert "(not known to this export)" in describe()
+def test_missing_medians_are_said_and_asked_for() -> None:
+    assert "(not known to this export)" in describe() and "model.medians" not in describe()
+    assert 'medians = read_medians(Path("medians.json"))  # gene to median, as the model' in describe()
+    assert "medians = model.medians\n" in describe(medians=MedianTable(["ENSG1"], [2.0]))
 
 
 def test_a_fact_cannot_break_its_row() -> None:

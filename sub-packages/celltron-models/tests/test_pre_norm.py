@@ -176,3 +176,16 @@ def test_gradients_reach_every_parameter(make: Callable[..., Geneformer], make_c
     model = make().train()
     model(*make_cells(9, 16)).square().mean().backward()
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("variant", ["pre_norm", "post_norm"])
+def test_weights_that_end_a_branch_begin_smaller(variant: str, small: GeneformerConfig) -> None:
+    """By sqrt(2 layers), in the pre-norm model alone."""
+    config = replace(small, variant=variant, num_layers=8)
+    model = build_geneformer(config, num_tokens=NUM_TOKENS, dtype=torch.float64, sequence_parallel=False, seed=3)
+    deviation = config.initial_standard_deviation
+    parameters = take_parameters(model)
+    for name, part in (("linear_qkv", 1.0), ("linear_fc1", 1.0), ("linear_proj", 0.25), ("linear_fc2", 0.25)):
+        weights = torch.cat([value.flatten() for key, value in parameters.items() if key.endswith(f"{name}.weight")])
+        wanted = deviation * (part if variant == "pre_norm" else 1.0)
+        assert weights.std().item() == pytest.approx(wanted, rel=0.05)

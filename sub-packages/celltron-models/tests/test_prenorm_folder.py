@@ -142,6 +142,26 @@ def test_the_encoder_alone_hidden_states_and_tuples(
         model(torch.zeros(1, 17, dtype=torch.int64))
 
 
+def test_what_the_model_cannot_do_is_refused(tmp_path: Path, load: Callable[..., Any]) -> None:
+    to_huggingface(make_whole(), tmp_path / "hf")
+    tokens_BS = torch.arange(8)[None]
+    zeros_BS = torch.zeros_like(tokens_BS)
+    for auto_class in (AutoModelForMaskedLM, AutoModel):
+        model = load(tmp_path / "hf", auto_class, attn_implementation="eager").eval()
+        plain, given = model(tokens_BS), model(tokens_BS, token_type_ids=zeros_BS, output_attentions=False)
+        assert torch.equal(plain[0], given[0])
+        with pytest.raises(ValueError, match="token_type_ids holds more than zeros"):
+            model(tokens_BS, token_type_ids=zeros_BS + 1)
+        with pytest.raises(ValueError, match="output_attentions is true"):
+            model(tokens_BS, output_attentions=True)
+        for name in ("position_ids", "inputs_embeds", "num_items_in_batch"):
+            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+                model(tokens_BS, **{name: zeros_BS})
+        model.config.output_attentions = True
+        with pytest.raises(ValueError, match="output_attentions is true"):
+            model(tokens_BS)
+
+
 def test_it_trains_and_comes_back_from_save_pretrained(
     tmp_path: Path, load: Callable[..., Any], make_cells: Callable[..., Any]
 ) -> None:

@@ -238,6 +238,19 @@ def test_a_refusal_is_one_sentence(wandb_alone: Any, monkeypatch: pytest.MonkeyP
         open_reports(ReportConfig(to=("wandb",), wandb_mode="online"), metrics, {})
 
 
+@pytest.mark.parametrize(("mode", "advice"), [("online", "; keep the run in its folder with .*=offline"), ("auto", "")])
+def test_a_refusal_advises_only_what_would_help(
+    wandb_alone: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: Any, advice: str
+) -> None:
+    def refuse(**unused: Any) -> None:
+        raise wandb_alone.errors.CommError("no such\nentity.")
+
+    monkeypatch.setattr(wandb_alone, "init", refuse)
+    metrics = MetricsWriter(tmp_path, is_main=True, first_step=1)
+    with pytest.raises(InputError, match=f"refused the run: no such entity{advice}$"):
+        open_reports(ReportConfig(to=("wandb",), wandb_mode=mode), metrics, {})
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_what_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "find_spec", lambda package: None)
@@ -256,6 +269,20 @@ def test_settings_that_cannot_be() -> None:
         build_config(ReportConfig, {"peak_flops": -1.0})
     with pytest.raises(InputError, match="'to.0' is \"mlflow\""):
         build_config(ReportConfig, {"to": ["mlflow"]})
+
+
+@pytest.mark.parametrize("name", [*(f"cells{letter}a" for letter in "/\\#?%:"), "a" * 129, "a" * 128, "a b.c-d_e@ä"])
+def test_a_project_is_refused_by_the_rule_of_wandb(name: str) -> None:
+    from wandb import Settings
+    from wandb.errors import UsageError
+
+    try:
+        Settings(project=name)
+    except UsageError:
+        with pytest.raises(InputError, match="report.wandb_project is .*, but W&B takes at most 128 letters and"):
+            build_config(ReportConfig, {"wandb_project": name})
+    else:
+        assert build_config(ReportConfig, {"wandb_project": name}).wandb_project == name
 
 
 def test_an_id_is_drawn_once(tmp_path: Path) -> None:

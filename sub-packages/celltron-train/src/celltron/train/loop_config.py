@@ -30,8 +30,8 @@ class LoopConfig:
     save_every: int = 0
     """Steps between two checkpoints; one is always written at the end, and with 0 only that one."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept; 0 keeps all. When a run goes back to an earlier one, those after it are removed once a new
-    one is complete, unless this is 0."""
+    """Newest checkpoints kept; 0 keeps all. When a run goes back to an earlier one, those after it are removed once a
+    new one is complete, unless this is 0."""
     keep_best: int = 0
     """Checkpoints of the lowest validation loss kept besides, of those written at a step that was validated."""
     keep_every: int = 0

@@ -10,6 +10,9 @@ from celltron.train.metrics import MetricsWriter
 
 EXTRAS = {"wandb": "wandb", "tensorboard": "tensorboard"}
 """The package that each way of reporting needs, which is also the name of celltron's extra."""
+# W&B's own rule.
+_LONGEST_PROJECT = 128
+_NOT_IN_PROJECT = "/\\#?%:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +33,11 @@ class ReportConfig:
     product in the run's precision at the start."""
 
     def __post_init__(self) -> None:
+        if len(self.wandb_project) > _LONGEST_PROJECT or set(_NOT_IN_PROJECT) & set(self.wandb_project):
+            raise ValueError(
+                f"report.wandb_project is {self.wandb_project!r:.60}, but W&B takes at most {_LONGEST_PROJECT} letters "
+                f"and none of {' '.join(_NOT_IN_PROJECT)}; choose another name"
+            )
         if self.peak_flops < 0:
             raise ValueError(f"report.peak_flops is {self.peak_flops}, but must not be negative")
 

@@ -51,6 +51,7 @@ class WandbReport:
         # Even of offline runs W&B sends its own errors and timings, unless it is told not to before it starts.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
+        from wandb.errors import AuthenticationError
 
         is_online = mode == "online" or (mode == "auto" and _is_logged_in(wandb.setup().settings))
         try:
@@ -65,10 +66,10 @@ class WandbReport:
                 settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
-            raise InputError(
-                f"W&B refused the run: {error}; log in with `wandb login`, or keep the run in its folder with "
-                "report.wandb_mode=offline"
-            ) from None
+            log_in = "log in with `wandb login`, or " if isinstance(error, AuthenticationError) else ""
+            advice = f"; {log_in}keep the run in its folder with report.wandb_mode=offline" if is_online else ""
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise InputError(f"W&B refused the run: {reason}{advice}") from None
         self.run.config.update(dict(settings), allow_val_change=True)  # type: ignore[no-untyped-call]
         self.run.define_metric("*", step_metric="step")
         if not is_online:

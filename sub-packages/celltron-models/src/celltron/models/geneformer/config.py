@@ -29,7 +29,8 @@ class GeneformerConfig:
     norm_epsilon: float = 1e-12
     """Added to the variance in every layer norm."""
     initial_standard_deviation: float = 0.02
-    """Standard deviation of the initial weights; biases start at 0, norms at 1."""
+    """Standard deviation of the initial weights, in `pre_norm` of those that end a branch over sqrt(2 x layers); biases
+    start at 0, norms at 1."""
     vocabulary_multiple: int = 128
     """The vocabulary is padded to a multiple of this in every layout; the tensor-parallel size divides it."""
 

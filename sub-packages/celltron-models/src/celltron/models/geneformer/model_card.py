@@ -44,7 +44,17 @@ count 0 are left out. Shorter cells are filled with `{pad}` (id {pad_id}), which
 `{mask}` (id {mask_id}) stands for a gene to predict. With celltron:
 
 ```python
-{tokenize}
+from pathlib import Path
+
+from celltron.cells import CellStore, RankTokenizer, convert
+from celltron.models.geneformer import {imports}
+
+model = from_huggingface(Path("path/to/this/folder"))
+medians = {give_medians}
+convert(["cells.h5ad"], "cells.store")
+store = CellStore.open("cells.store")
+tokenizer = RankTokenizer(model.vocabulary, medians, store.gene_ids, max_length=model.max_length)
+tokens, lengths = tokenizer.tokenize(store, [0, 1, 2])
 ```
 
 ## Training
@@ -65,17 +75,6 @@ A Geneformer (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9): a post-nor
 falling order of expression and predicts the genes that are masked. It is a stock `BertForMaskedLM`; no other code is
 needed to run it.""",
     "trust": "",
-    "tokenize": """\
-from pathlib import Path
-
-from celltron.cells import CellStore, RankTokenizer, convert
-from celltron.models.geneformer import from_huggingface
-
-model = from_huggingface(Path("path/to/this/folder"))
-convert(["cells.h5ad"], "cells.store")
-store = CellStore.open("cells.store")
-tokenizer = RankTokenizer(model.vocabulary, model.medians, store.gene_ids, max_length=model.max_length)
-tokens, lengths = tokenizer.tokenize(store, [0, 1, 2])""",
 }
 _PRE_NORM = {
     "tag": "custom_code",
@@ -85,22 +84,16 @@ of expression and predicts the genes that are masked. It differs from the Genefo
 (doi:10.1038/s41586-023-06139-9), which is post-norm with ReLU, so no `BertForMaskedLM` can hold it;
 `modeling_geneformer_prenorm.py` in this folder is the model.""",
     "trust": ", trust_remote_code=True",
-    "tokenize": """\
-import json
-from pathlib import Path
-
-from celltron.cells import CellStore, RankTokenizer, convert
-from celltron.core import MedianTable, Vocabulary
-
-folder = Path("path/to/this/folder")
-ids = json.loads((folder / "token_dictionary.json").read_text())
-medians = json.loads((folder / "gene_median_dictionary.json").read_text())
-max_length = json.loads((folder / "tokenization.json").read_text())["max_length"]
-vocabulary, medians = Vocabulary(sorted(ids, key=ids.get)), MedianTable(list(medians), list(medians.values()))
-convert(["cells.h5ad"], "cells.store")
-store = CellStore.open("cells.store")
-tokenizer = RankTokenizer(vocabulary, medians, store.gene_ids, max_length=max_length)
-tokens, lengths = tokenizer.tokenize(store, [0, 1, 2])""",
+}
+_WITH_MEDIANS = {
+    "medians": "(`gene_median_dictionary.json`)",
+    "imports": "from_huggingface",
+    "give_medians": "model.medians",
+}
+_WITHOUT_MEDIANS = {
+    "medians": "(not known to this export)",
+    "imports": "from_huggingface, read_medians",
+    "give_medians": 'read_medians(Path("medians.json"))  # gene to median, as the model was trained with',
 }
 _ACTIVATIONS = {"post_norm": "ReLU", "pre_norm": "GELU (tanh)", "pre_norm_erf": "GELU"}
 
@@ -142,8 +135,8 @@ def describe_model(
     ]
     return _CARD.format(
         **(_PRE_NORM if config.is_pre_norm else _POST_NORM),
+        **(_WITHOUT_MEDIANS if medians is None else _WITH_MEDIANS),
         shape=_rows(shape),
-        medians="(`gene_median_dictionary.json`)" if medians is not None else "(not known to this export)",
         num_genes=max_length - len(frame),
         frame=f", and put {' and '.join(frame)} them" if frame else "",
         pad=PAD,

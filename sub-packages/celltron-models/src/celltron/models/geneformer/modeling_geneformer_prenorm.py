@@ -7,8 +7,6 @@ Load it with `AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=Tru
 Axes: B cells, S places in a cell, D width, F feed-forward width, N heads, H head width, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -185,7 +183,9 @@ class PreNormGeneformerModel(PreNormGeneformerPreTrainedModel):  # type: ignore[
         attention_mask: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **unused: Any,
+        *,
+        token_type_ids: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutput | tuple[torch.Tensor, ...]:
         """Run the encoder.
 
@@ -194,8 +194,13 @@ class PreNormGeneformerModel(PreNormGeneformerPreTrainedModel):  # type: ignore[
             attention_mask: 1 where there is a token, 0 where there is padding, [B, S].
             output_hidden_states: Whether to give the hidden states before every layer too.
             return_dict: Whether to answer with names; None takes the config's.
-            **unused: What pipelines give and this model has no use for.
+            token_type_ids: What tokenizers of BERT add: zeros, for this model has one type of token.
+            output_attentions: Never true, as the attention weights are not kept; None takes the config's.
         """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions is true, but this model does not keep its attention weights")
+        if token_type_ids is not None and token_type_ids.any():  # syncs the host
+            raise ValueError("token_type_ids holds more than zeros, but this model has one type of token")
         is_visible_B11S = None
         if attention_mask is not None:
             is_visible_B11S = attention_mask[:, None, None, :].bool()
@@ -224,7 +229,9 @@ class PreNormGeneformerForMaskedLM(PreNormGeneformerPreTrainedModel):  # type: i
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **unused: Any,
+        *,
+        token_type_ids: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> MaskedLMOutput | tuple[torch.Tensor, ...]:
         """Predict the token at every place.
 
@@ -234,9 +241,17 @@ class PreNormGeneformerForMaskedLM(PreNormGeneformerPreTrainedModel):  # type: i
             labels: True token ids [B, S], -100 where nothing is to be predicted; gives `loss`, the mean over the rest.
             output_hidden_states: Whether to give the encoder's hidden states too.
             return_dict: Whether to answer with names; None takes the config's.
-            **unused: What pipelines give and this model has no use for.
+            token_type_ids: What tokenizers of BERT add: zeros, for this model has one type of token.
+            output_attentions: Never true, as the attention weights are not kept; None takes the config's.
         """
-        encoded = self.model(input_ids, attention_mask, output_hidden_states=output_hidden_states, return_dict=True)
+        encoded = self.model(
+            input_ids,
+            attention_mask,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            token_type_ids=token_type_ids,
+            output_attentions=output_attentions,
+        )
         # The decoder is the token embedding.
         logits_BSV = nn.functional.linear(
             self.head(encoded.last_hidden_state), self.model.get_input_embeddings().weight, self.output_bias
