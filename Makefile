@@ -11,6 +11,9 @@ STAMP := $(VENV)/installed
 PARTS := $(wildcard sub-packages/*/pyproject.toml)
 CI := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ci/run.sh
 
+# Some images set it; every process would then compile anew all that it imports, which takes it half a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test lint types layering venv bench-env clean
 
 quickstart: $(STAMP)
