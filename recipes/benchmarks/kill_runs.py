@@ -6,7 +6,8 @@ Two data-parallel ranks under torchrun train on the bundled cells, once undistur
 random moments, two in five while a checkpoint is written, to a random rank, to the launcher, or to all processes at
 once. Exits with 1 if the two runs differ in anything computed: a line of metrics, the place of the next cell, a bit of
 the newest checkpoint's parameters or optimizer; with 2 if the killed run ended by itself, hung, or left a process
-behind. A kill costs a start, ten seconds or more.
+behind. A kill costs a start, ten seconds or more; with `--fork` a second or two, as ranks are then forks of their
+launcher, which has imported what they need.
 """
 
 import argparse
@@ -73,6 +74,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--kills", type=int, default=100, help="how many")
     parser.add_argument("--out", type=Path, required=True, help="a new folder for both runs and their logs")
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
+    parser.add_argument("--fork", action="store_true", help="fork the ranks from their launcher")
     options = parser.parse_args(arguments)
     out: Path = options.out
     if out.exists() and any(out.iterdir()):
@@ -82,7 +84,8 @@ def run(arguments: Sequence[str]) -> None:
     # A kill takes back half an interval of saves or more, so that the run outlives its kills.
     steps = SAVE_EVERY * (options.kills + 2)
     settings = ["--config", str(out / "config.yaml"), "--data", str(out / "cells.store"), f"--max-steps={steps}"]
-    start, runs = partial(start_torchrun, world_size=WORLD_SIZE), [out / "undisturbed", out / "killed"]
+    start = partial(start_torchrun, world_size=WORLD_SIZE, fork=options.fork)
+    runs = [out / "undisturbed", out / "killed"]
     commands = [[*settings, "--out", str(run), "--resume", "auto"] for run in runs]
     begin = partial(start, commands[0], max_restarts=0, log=out / "undisturbed.log")
     undisturbed, pace = run_undisturbed(runs[0], begin, world_size=WORLD_SIZE)

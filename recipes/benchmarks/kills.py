@@ -76,15 +76,28 @@ class Launcher(Protocol):
         """Its exit code, after so many seconds at most."""
 
 
-def start_torchrun(arguments: Sequence[str], *, world_size: int, max_restarts: int, log: Path) -> Launcher:
-    """Start `celltron train` under torchrun, which says all it has to say at the end of `log`."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    settings = [f"--max-restarts={max_restarts}", "--monitor-interval=0.05"]
+def start_torchrun(
+    arguments: Sequence[str], *, world_size: int, max_restarts: int, log: Path, fork: bool = False
+) -> Launcher:
+    """Start `celltron train` under torchrun, which says all it has to say at the end of `log`.
+
+    Args:
+        arguments: Of the run.
+        world_size: Its ranks.
+        max_restarts: How often they may be started anew.
+        log: A file, which is added to.
+        fork: Whether the ranks are forks of the launcher, see fork_ranks.py; a start then takes a second or two.
+    """
+    if fork:
+        launcher = [str(Path(__file__).with_name("fork_ranks.py")), str(world_size), str(max_restarts)]
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        launcher += [f"--max-restarts={max_restarts}", "--monitor-interval=0.05", "-m", "celltron.cli.main", "train"]
     # Nothing is compiled in such a run, and a start without what compiles takes a quarter less.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     with log.open("ab") as stream:
         return subprocess.Popen(
-            [*torchrun, *settings, "-m", "celltron.cli.main", "train", *arguments],
+            [sys.executable, *launcher, *arguments],
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=environment,

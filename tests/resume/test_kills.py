@@ -140,7 +140,7 @@ def test_torchrun_restarts_and_stops_and_takes_its_ranks_along(
     assert (run / "checkpoints" / "latest").read_text() == f"step_{stopped_at:08d}\n"
     assert "continuing with step 6" in log.read_text() and "continue with --resume auto" in log.read_text()
 
-    launcher = begin(max_restarts=1)
+    launcher = begin(max_restarts=1, fork=True)
     assert Watch(run, launcher, world_size=2).wait_for_moment(at_step, undisturbed), log.read_text()
     family = family_of(launcher.pid)
     kill_processes({launcher.pid})
