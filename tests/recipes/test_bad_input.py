@@ -271,7 +271,7 @@ CASES: dict[str, tuple[Callable[[Place], Words], str]] = {
     "no out": (lambda p: ["train", "--config", p.config, "--data", p.store], "--out"),
     "too many processes": (
         lambda p: p.train("--tensor-parallel", "2", "--pipeline-parallel", "2"),
-        r"tensor 2 x .*pipeline 2 x .*context 1 = 4 .* 1 process",
+        r"tensor 2 x .*pipeline 2 x .*context 1 = 4 .* number of processes, 1",
     ),
     "heads over tensor": (lambda p: p.train("--tensor-parallel", "4"), "num_attention_heads.*parallel.tensor"),
     "layers over pipeline": (lambda p: p.train("--pipeline-parallel", "3"), "num_layers.*parallel.pipeline"),
