@@ -208,8 +208,8 @@ def _see_through(
     ranks: list[int] = []
     seen: set[int] = set()
     is_killed = False
+    watch = Watch(run, launcher, world_size)
     while True:
-        watch = Watch(run, launcher, world_size)
         ranks = watch.wait_for_ranks(unlike=ranks)
         # A launcher that does not restart its ranks, or was killed itself, ends without new ones.
         is_killed = is_killed and not ranks
@@ -217,8 +217,9 @@ def _see_through(
             break
         kill, family = remaining.pop(0), family_of(launcher.pid)
         seen |= family
+        before, watch = watch, Watch(run, launcher, world_size)  # new ranks may be faster than what follows
         kill_processes({"rank": {ranks[kill.rank]}, "launcher": {launcher.pid}, "all": family}[kill.victim])
-        story.kills.append((kill, watch.last_step(), bool(watch.saves_in_progress())))
+        story.kills.append((kill, before.last_step(), bool(before.saves_in_progress())))
         is_killed = True
     code = launcher.wait(GIVE_UP_SECONDS)
     if left := wait_until_gone(seen):
