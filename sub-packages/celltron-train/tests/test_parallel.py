@@ -29,7 +29,7 @@ def test_an_impossible_product_is_printed_whole(world_size: int) -> None:
     with pytest.raises(InputError) as error:
         ParallelConfig(tensor=2, pipeline=3, context=2).data(world_size)
     assert "parallel.tensor 2 x parallel.pipeline 3 x parallel.context 2 = 12" in str(error.value)
-    assert f"the {world_size} processes" in str(error.value)
+    assert f"number of processes, {world_size};" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["tensor", "pipeline", "context"])
