@@ -49,11 +49,18 @@ def claim_folder(config: Config, launch: Launch) -> Path | None:
 
 
 def read_origin(out: Path) -> Path | None:
-    """The checkpoint that the run of a folder was told to go on from."""
+    """The checkpoint that the run of a folder was told to go on from, if any.
+
+    Raises:
+        InputError: the file that says it does not.
+    """
     try:
-        return Path((out / ORIGIN_NAME).read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError):
+        text = (out / ORIGIN_NAME).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
         return None
+    if not Path(text).is_absolute():
+        raise InputError(f"{out / ORIGIN_NAME} holds {text[:60]!r}, no checkpoint's path; remove it")
+    return Path(text)
 
 
 def note_origin(config: Config, resume_from: Path) -> None:

@@ -252,6 +252,9 @@ def test_a_run_told_to_go_back_does_so_once(finished: Path, process_group: None)
     (checkpoints / "latest").write_text("step_00000020\n")  # saved since
     assert claim_folder(config, Launch(is_restart=True)) == checkpoints / "step_00000020"
     assert claim_folder(config, Launch()) == checkpoints / "step_00000010"
+    (finished / "resumed_from").write_text("")
+    with pytest.raises(InputError, match="resumed_from holds '', no checkpoint's path; remove it"):
+        claim_folder(config, Launch())
 
 
 def test_the_world_grows_and_shrinks(train: Train, whole: Path) -> None:

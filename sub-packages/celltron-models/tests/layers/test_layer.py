@@ -27,6 +27,17 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def build(small: Any, variant: str, *, is_compiled: bool) -> Any:
+    return build_geneformer(
+        replace(small, variant=variant),
+        num_tokens=101,
+        dtype=torch.float64,
+        sequence_parallel=False,
+        seed=0,
+        is_compiled=is_compiled,
+    )
+
+
 @pytest.mark.parametrize(
     ("variant", "functions"),
     [
@@ -40,14 +51,7 @@ def test_compiled_layers_compute_the_same(
     tokens_BS, is_padding_BS = make_cells(9, 16, 1)
     outputs, gradients = [], []
     for is_compiled in (False, True):
-        model = build_geneformer(
-            replace(small, variant=variant),
-            num_tokens=101,
-            dtype=torch.float64,
-            sequence_parallel=False,
-            seed=0,
-            is_compiled=is_compiled,
-        )
+        model = build(small, variant, is_compiled=is_compiled)
         output = model.train()(tokens_BS, is_padding_BS)
         output.square().mean().backward()
         outputs.append(output)
@@ -68,14 +72,7 @@ def test_parameters_need_not_be_there_before_their_module_is_called(
     small: Any, make_cells: Any, called: list[str], variant: str, is_compiled: bool
 ) -> None:
     """Megatron gathers them while computing goes on, and waits for a module's own where it is called."""
-    model = build_geneformer(
-        replace(small, variant=variant),
-        num_tokens=101,
-        dtype=torch.float64,
-        sequence_parallel=False,
-        seed=0,
-        is_compiled=is_compiled,
-    )
+    model = build(small, variant, is_compiled=is_compiled)
     cells = make_cells(9, 16, 1)
     expected = model.train()(*cells)
     for module in model.modules():
