@@ -31,6 +31,8 @@ def run_rank(rank: int, world_size: int, rendezvous: str, program: str, argument
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=GIVE_UP_AFTER
     )
+    # A program that leaves this group at once would else do so while another rank still connects to it.
+    torch.distributed.barrier()
     sys.argv = [program, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(program))
     runpy.run_path(program, run_name="__main__")
