@@ -1,5 +1,6 @@
 import errno
 import os
+import subprocess
 import sys
 
 import pytest
@@ -66,6 +67,28 @@ def test_a_full_device_ends_with_two(capsys: pytest.CaptureFixture[str]) -> None
 
     assert run_command(main, []) == 2
     assert "No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_it_ends_in_silence_when_its_reader_leaves(num_lines: int) -> None:
+    program = (
+        "import sys; from celltron.core.errors import run_command; sys.stdin.read()\n"
+        f"sys.exit(run_command(lambda words: print('a line\\n' * {num_lines}), []))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+def test_another_broken_pipe_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(fail_with(BrokenPipeError(errno.EPIPE, "Broken pipe")), []) == 2
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 def test_interruption_is_130_and_defects_go_up(capsys: pytest.CaptureFixture[str]) -> None:

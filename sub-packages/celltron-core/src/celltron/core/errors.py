@@ -3,12 +3,15 @@
 import errno
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_READER_LEFT = 141
+"""128 and the number of SIGPIPE: what shells report of a tool whose output nobody reads any more."""
 
 _OSERROR_ADVICE = {
     errno.ENOSPC: "free some space or choose another folder, then run again",
@@ -63,19 +66,39 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
         arguments: the words; None takes them from `sys.argv`.
 
     Returns:
-        0 when `main` returned, 2 for an `InputError` or an `OSError`, 130 after Ctrl-C. Every other exception is a
-        defect of the program and goes up unchanged. With CELLTRON_DEBUG=1 the traceback is printed too.
+        0 when `main` returned, 2 for an `InputError` or an `OSError`, 130 after Ctrl-C; 141, without a sentence, when
+        who read its output has left, as `head` does. Every other exception is a defect of the program and goes up
+        unchanged. With CELLTRON_DEBUG=1 the traceback is printed too.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         main(words)
+        sys.stdout.flush()
     except InputError as error:
         return _report(str(error), EXIT_BAD_INPUT)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return EXIT_READER_LEFT
         return _report(_sentence_of(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt as error:
         return _report(_one_line(str(error)) or "interrupted", EXIT_INTERRUPTED)
     return 0
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads standard output any more; it then goes nowhere, so that Python's end does not complain."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # no file, as under a test
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    return True
 
 
 def _report(sentence: str, code: int) -> int:
