@@ -19,6 +19,7 @@ from celltron.core import (
     config_to_yaml,
     parse_arguments,
     run_command,
+    tell,
     write_atomically,
 )
 from celltron.models.geneformer import (
@@ -168,7 +169,7 @@ def prepare_corpus(config: Config, launch: Launch, resume_from: Path | None) -> 
             options = config_to_dict(config.data.convert)
             progress = ProgressLine("converting", "cells")
             report = convert(sources, paths[0], replace=True, storage=storage, progress=progress, **options)
-            print(report, file=sys.stderr)
+            tell(str(report))
         store = open_cells(paths, storage=storage)
         if resume_from is None:
             write_run_files(config, build_corpus(config.data, store, seed=config.loop.seed))

@@ -1,12 +1,11 @@
 """Where a pretraining run goes on, and whether it may go on from there."""
 
-import sys
 from pathlib import Path
 
 from celltron.cells import LoaderState
 from celltron.cells.corpus import Corpus
 from celltron.cells.sampler import digest_next_cells
-from celltron.core import InputError, config_to_dict, load_config, write_atomically
+from celltron.core import InputError, config_to_dict, load_config, tell, write_atomically
 from celltron.recipes.shared.pretrain_config import Config
 from celltron.train.checkpoint import Checkpoints, find_checkpoint, read_resumable, verify_checkpoint
 from celltron.train.checkpoint_folder import LATEST_NAME, RunState
@@ -35,7 +34,7 @@ def claim_folder(config: Config, launch: Launch) -> Path | None:
             return newest
         if origin is not None:
             if launch.is_main:
-                print(f"{out} has no checkpoint of its own yet, so it begins again with {origin}", file=sys.stderr)
+                tell(f"{out} has no checkpoint of its own yet, so it begins again with {origin}")
             given = origin
     if given is not None:
         do_on_main(launch, lambda: verify_checkpoint(given))

@@ -15,6 +15,7 @@ from celltron.train.checkpoint import verify_checkpoint
 from celltron.train.run_folder import RUN_MARK_NAME
 
 BREAK_WRITES = Path(__file__).with_name("break_writes.py")
+LOSE_READER = Path(__file__).with_name("lose_reader.py")
 RANKS = Path(__file__).parents[1] / "equivalence" / "ranks.py"
 Celltron = Callable[..., Any]
 
@@ -89,6 +90,16 @@ def test_file_limit_in_a_checkpoint(
     ended = warm_python.run(BREAK_WRITES, num_bytes, "checkpoint", "train", *arguments)
     assert "File too large" in sentence_of(ended) and "step_00000004" in sentence_of(ended)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_run_that_nobody_listens_to_goes_on_to_its_end(
+    warm_python: Any, tiny_config: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    """As when Ctrl-C, on which a run saves its last step, has ended the `tee` that its words went to."""
+    arguments = ["--config", tiny_config, "--data", tiny_store, "--out", tmp_path / "run"]
+    ended = warm_python.run(RANKS, 2, tmp_path / "rendezvous", LOSE_READER, "train", *arguments)
+    assert (ended.code, ended.left_running, ended.stdout + ended.stderr) == (0, False, "")
+    verify_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000004")
 
 
 @pytest.mark.parametrize("name", ["__1_", "run.json"])

@@ -69,21 +69,31 @@ def test_a_full_device_ends_with_two(capsys: pytest.CaptureFixture[str]) -> None
     assert "No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
 @pytest.mark.parametrize("num_lines", [1, 100_000])
-def test_it_ends_in_silence_when_its_reader_leaves(num_lines: int) -> None:
+def test_it_ends_in_silence_when_its_reader_leaves(name: str, num_lines: int) -> None:
     program = (
         "import sys; from celltron.core.errors import run_command; sys.stdin.read()\n"
-        f"sys.exit(run_command(lambda words: print('a line\\n' * {num_lines}), []))"
+        f"sys.exit(run_command(lambda words: print('a line\\n' * {num_lines}, file=sys.{name}), []))"
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    process.stdin.close()
-    assert process.stderr.read() == b""
-    assert process.wait() == 141
-    process.stderr.close()
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        left, read = (process.stdout, process.stderr) if name == "stdout" else (process.stderr, process.stdout)
+        left.close()
+        process.stdin.close()
+        assert read.read() == b""
+    assert process.returncode == 141
+
+
+def test_what_prints_nothing_may_have_no_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run_command(print, ["a word"]) == 0
+    assert run_command(fail_with(BrokenPipeError(errno.EPIPE, "Broken pipe")), []) == 2
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 def test_another_broken_pipe_is_told(capsys: pytest.CaptureFixture[str]) -> None:

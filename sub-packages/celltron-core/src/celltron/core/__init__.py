@@ -21,6 +21,7 @@ from celltron.core.config import (
 )
 from celltron.core.errors import BeingWrittenError, InputError, run_command
 from celltron.core.genes import GeneNames
+from celltron.core.output import tell
 from celltron.core.permutation import KeyedPermutation, key_from, keys_from, mix64, uniform_bits
 from celltron.core.progress import ProgressLine, describe_seconds
 from celltron.core.version import __version__
@@ -67,6 +68,7 @@ __all__ = [
     "parse_arguments",
     "read_manifest",
     "run_command",
+    "tell",
     "uniform_bits",
     "verify_artefact",
     "write_artefact",

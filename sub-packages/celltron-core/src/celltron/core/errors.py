@@ -3,10 +3,11 @@
 import errno
 import os
 import re
-import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+
+from celltron.core.output import drop_unread_output
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -73,32 +74,17 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         main(words)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # the shell may have closed it
+            sys.stdout.flush()
     except InputError as error:
         return _report(str(error), EXIT_BAD_INPUT)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _reader_left():
+        if isinstance(error, BrokenPipeError) and drop_unread_output():
             return EXIT_READER_LEFT
         return _report(_sentence_of(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt as error:
         return _report(_one_line(str(error)) or "interrupted", EXIT_INTERRUPTED)
     return 0
-
-
-def _reader_left() -> bool:
-    """Whether nobody reads standard output any more; it then goes nowhere, so that Python's end does not complain."""
-    try:
-        output = sys.stdout.fileno()
-    except OSError:  # no file, as under a test
-        return False
-    poll = select.poll()
-    poll.register(output, 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, output)
-    os.close(nowhere)
-    return True
 
 
 def _report(sentence: str, code: int) -> int:

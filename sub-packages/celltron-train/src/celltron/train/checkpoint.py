@@ -10,7 +10,6 @@ A checkpoint written under one layout is read under any other.
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
-from celltron.core import InputError, begin_artefact, discard_artefact, finish_artefact, write_atomically
+from celltron.core import InputError, begin_artefact, discard_artefact, finish_artefact, tell, write_atomically
 from celltron.core.durable import name_file_in_errors
 from celltron.train.async_save import Copier, Part, Save, Snapshot
 from celltron.train.checkpoint_folder import (
@@ -103,7 +102,7 @@ class Checkpoints:
         if self._save is not None:
             if self.launch.is_main:
                 name = self._save.final.name
-                print(f"{name} is still being written; step {state.step:,} waits with its own", file=sys.stderr)
+                tell(f"{name} is still being written; step {state.step:,} waits with its own")
             earlier = self.wait()
         final = self.path(state.step)
         do_on_main(self.launch, lambda: self._clear_for(final))

@@ -8,11 +8,10 @@ import json
 import os
 import shutil
 import stat
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from celltron.core import InputError, build_config, read_manifest, verify_artefact
+from celltron.core import InputError, build_config, read_manifest, tell, verify_artefact
 from celltron.core.durable import lock_folder, sync_folder
 from celltron.core.manifest import MANIFEST_NAME, list_files
 from celltron.train.spike import SpikeState
@@ -81,7 +80,7 @@ def newest_complete_step(folder: Path) -> int:
             problems.append(str(error))
             continue
         for problem in problems:
-            print(f"{problem}; using the older {path.name} instead", file=sys.stderr)
+            tell(f"{problem}; using the older {path.name} instead")
         return step_of(path)
     if problems:
         raise InputError(f"no checkpoint in {folder} is complete: {problems[0]}")
@@ -201,7 +200,7 @@ def make_way(path: Path) -> None:
     if not os.path.lexists(path) or (not is_link and (path / MANIFEST_NAME).is_file()):
         return
     reason = "is a link" if is_link else f"has no {MANIFEST_NAME}"
-    print(f"{path} {reason}; it is removed to make way for this step's checkpoint", file=sys.stderr, flush=True)
+    tell(f"{path} {reason}; it is removed to make way for this step's checkpoint")
     _put_away(path)
 
 
@@ -251,4 +250,4 @@ def _say_it_stays(path: Path, reason: str) -> None:
     """Say so once; a run must not end for what it could do without."""
     if path not in _said_to_stay and os.path.lexists(path):
         _said_to_stay.add(path)
-        print(f"{path} cannot be removed ({reason}); every save tries again", file=sys.stderr, flush=True)
+        tell(f"{path} cannot be removed ({reason}); every save tries again")

@@ -3,13 +3,12 @@
 import os
 import selectors
 import signal
-import sys
 import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from celltron.core import InputError
+from celltron.core import InputError, tell
 
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_REQUEST_SECONDS = 2.0
@@ -103,5 +102,5 @@ class Interruption:
 
 def _end(number: int, reason: str) -> NoReturn:
     error = InputError(f"{reason} without saving, --resume auto continues from the newest checkpoint")
-    print(f"celltron: error: {error}", file=sys.stderr, flush=True)
+    tell(f"celltron: error: {error}")
     os._exit(128 + number)

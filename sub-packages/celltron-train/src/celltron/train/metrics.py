@@ -6,12 +6,11 @@ one that is not finite. A record with `note` says in words what happened at a st
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from celltron.core import describe_seconds, write_atomically
+from celltron.core import describe_seconds, tell, write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 MAX_SHOWN_CELLS = 8
@@ -75,7 +74,7 @@ class MetricsWriter:
     def say(self, text: str) -> None:
         """Print a line from the main process."""
         if self.is_main:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:

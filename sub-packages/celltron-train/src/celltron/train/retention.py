@@ -1,12 +1,11 @@
 """Which checkpoints of a run are kept."""
 
 import math
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from celltron.core import InputError
+from celltron.core import InputError, tell
 from celltron.train.checkpoint_folder import list_checkpoints, read_run_state, remove_checkpoint, step_of
 
 
@@ -82,7 +81,7 @@ def remove_outdated(config: RetentionConfig, folder: Path, *, written: Sequence[
     names = [paths[step].name for step in removed if step in given_up]
     if names:
         sentence = f"removed {', '.join(names)}, written before the run went back to an earlier checkpoint"
-        print(sentence, file=sys.stderr, flush=True)
+        tell(sentence)
 
 
 def _read_losses(paths: Iterable[Path]) -> dict[int, float]:

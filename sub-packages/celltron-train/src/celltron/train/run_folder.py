@@ -3,12 +3,11 @@
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from celltron.core import InputError
+from celltron.core import InputError, tell
 from celltron.core.durable import lock_folder
 from celltron.train.launch import Launch
 from celltron.train.together import do_on_main
@@ -52,7 +51,7 @@ def hold_folder(out: Path, launch: Launch) -> Iterator[None]:
                 "--out"
             )
         if lock is None:
-            print(f"{out}: no locks on this file system; start no second run there", file=sys.stderr)
+            tell(f"{out}: no locks on this file system; start no second run there")
         else:
             locks.append(lock)
         if (out / RUN_MARK_NAME).exists():
